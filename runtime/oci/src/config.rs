@@ -1,0 +1,214 @@
+//! config.json, parsed once. The wire types are oci-spec's.
+//!
+//! Owns the two tolerances of the runtime spec that oci-spec lacks: a capability that this build
+//! does not know is dropped with a warning instead of failing the container (runc's behaviour, so
+//! that a newer engine can drive an older runtime), and an explicit `null` means "not there".
+
+use std::fmt;
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+pub use oci_spec::runtime as spec;
+
+/// A parsed config.json and what had to be dropped from it.
+#[derive(Debug)]
+pub struct ParsedSpec {
+    pub spec: spec::Spec,
+    pub warnings: Vec<String>,
+}
+
+/// A document that is no valid config.json (or process.json, or resources).
+#[derive(Debug)]
+pub struct ConfigError {
+    what: &'static str,
+    source: serde_json::Error,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "parse {}", self.what)
+    }
+}
+
+impl std::error::Error for ConfigError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+/// Parses config.json.
+///
+/// # Errors
+/// The bytes are no JSON, or a property has a type or value that the runtime spec rules out.
+pub fn parse(bytes: &[u8]) -> Result<ParsedSpec, ConfigError> {
+    let (spec, warnings) = parse_tolerant("config.json", bytes, "/process/capabilities")?;
+    Ok(ParsedSpec { spec, warnings })
+}
+
+/// Parses the process.json of `exec --process`, with the same tolerances.
+///
+/// # Errors
+/// As for [`parse`].
+pub fn parse_process(bytes: &[u8]) -> Result<(spec::Process, Vec<String>), ConfigError> {
+    parse_tolerant("process.json", bytes, "/capabilities")
+}
+
+/// Parses the resources document of `update --resources`.
+///
+/// # Errors
+/// As for [`parse`].
+pub fn parse_resources(bytes: &[u8]) -> Result<spec::LinuxResources, ConfigError> {
+    parse_tolerant("resources", bytes, "").map(|(resources, _)| resources)
+}
+
+/// Tries the direct way first: a document that needs no tolerance is read in a single pass.
+fn parse_tolerant<T: DeserializeOwned>(
+    what: &'static str,
+    bytes: &[u8],
+    capabilities: &str,
+) -> Result<(T, Vec<String>), ConfigError> {
+    let strict = match serde_json::from_slice(bytes) {
+        Ok(parsed) => return Ok((parsed, Vec::new())),
+        Err(error) => error,
+    };
+    let Ok(mut document) = serde_json::from_slice::<Value>(bytes) else {
+        return Err(ConfigError {
+            what,
+            source: strict,
+        });
+    };
+    drop_nulls(&mut document);
+    let warnings = match document.pointer_mut(capabilities) {
+        Some(sets) if !capabilities.is_empty() => drop_unknown_capabilities(sets),
+        _ => Vec::new(),
+    };
+    match serde_json::from_value(document) {
+        Ok(parsed) => Ok((parsed, warnings)),
+        // Errors from a Value have lost line and column: the first error says where to look,
+        // unless it was one of those that we just tolerated.
+        Err(source) => {
+            let tolerated = source.to_string() != message(&strict);
+            Err(ConfigError {
+                what,
+                source: if tolerated { source } else { strict },
+            })
+        }
+    }
+}
+
+/// The text of a serde_json error without its position.
+fn message(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    match text.rfind(" at line ") {
+        Some(at) => text[..at].to_owned(),
+        None => text,
+    }
+}
+
+fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            map.retain(|_, member| !member.is_null());
+            map.values_mut().for_each(drop_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(drop_nulls),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+fn drop_unknown_capabilities(sets: &mut Value) -> Vec<String> {
+    let mut unknown = Vec::new();
+    let Some(sets) = sets.as_object_mut() else {
+        return unknown;
+    };
+    for names in sets.values_mut().filter_map(Value::as_array_mut) {
+        names.retain(|name| {
+            let known = serde_json::from_value::<spec::Capability>(name.clone()).is_ok();
+            if let (false, Some(name)) = (known, name.as_str())
+                && !unknown.iter().any(|seen| seen == name)
+            {
+                unknown.push(name.to_owned());
+            }
+            // Anything but a string stays, so that the parse names the wrong type.
+            known || !name.is_string()
+        });
+    }
+    unknown.sort();
+    if unknown.is_empty() {
+        return unknown;
+    }
+    vec![format!(
+        "ignoring unknown or unavailable capabilities: [{}]",
+        unknown.join(" ")
+    )]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error;
+
+    fn config(process: &str) -> String {
+        format!(r#"{{"ociVersion":"1.0.2","process":{process},"root":{{"path":"rootfs"}}}}"#)
+    }
+
+    #[test]
+    fn parse_plain_has_no_warnings() {
+        let text = config(
+            r#"{"cwd":"/","user":{"uid":0,"gid":0},"args":["sh"],"capabilities":{"bounding":["CAP_CHOWN"]}}"#,
+        );
+        let parsed = parse(text.as_bytes()).unwrap();
+        assert!(parsed.warnings.is_empty());
+        assert_eq!(parsed.spec.version(), "1.0.2");
+    }
+
+    #[test]
+    fn parse_unknown_capability_is_dropped_with_a_warning() {
+        let text = config(
+            r#"{"cwd":"/","user":{"uid":0,"gid":0},"args":["sh"],
+               "capabilities":{"bounding":["CAP_CHOWN","CAP_NEW"],"ambient":["CAP_NEW","CAP_OLD"]}}"#,
+        );
+        let parsed = parse(text.as_bytes()).unwrap();
+        assert_eq!(
+            parsed.warnings,
+            ["ignoring unknown or unavailable capabilities: [CAP_NEW CAP_OLD]"]
+        );
+        let process = parsed.spec.process().as_ref().unwrap();
+        let caps = process.capabilities().as_ref().unwrap();
+        assert_eq!(caps.bounding().as_ref().unwrap().len(), 1);
+        assert_eq!(caps.ambient().as_ref().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn parse_null_members_are_absent() {
+        let text = r#"{"ociVersion":"1.0.2","root":null,"hostname":null,
+            "linux":{"resources":{"pids":{"limit":null}}}}"#;
+        assert!(parse(text.as_bytes()).is_ok());
+    }
+
+    #[test]
+    fn parse_errors_keep_the_position() {
+        let cases: &[(&str, &str)] = &[
+            ("{", "EOF while parsing"),
+            (
+                r#"{"ociVersion":"1.0.2","linux":{"namespaces":[{"type":"nope"}]}}"#,
+                "line 1",
+            ),
+            (r#"{"ociVersion":"1.0.2","hostname":5}"#, "line 1"),
+        ];
+        for (text, want) in cases {
+            let error = parse(text.as_bytes()).unwrap_err();
+            assert_eq!(error.to_string(), "parse config.json");
+            let source = error.source().unwrap().to_string();
+            assert!(source.contains(want), "{source}");
+        }
+    }
+
+    #[test]
+    fn parse_resources_of_update() {
+        let text = r#"{"memory":{"limit":33554432,"reservation":33554432},"cpu":{"shares":10,"cpus":"0"},"pids":{"limit":20}}"#;
+        let resources = parse_resources(text.as_bytes()).unwrap();
+        assert_eq!(resources.pids().unwrap().limit(), 20);
+    }
+}
