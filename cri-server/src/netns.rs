@@ -1,0 +1,1 @@
+//! Pins pod namespaces to files.
