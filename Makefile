@@ -1,0 +1,73 @@
+# The entry points of the project. `make help` lists them.
+#
+# What is downloaded (crates, Go tools, Debian packages for the test images) is cached outside
+# the tree, in CORACLE_CACHE; what is built stays in CARGO_TARGET_DIR.
+
+CORACLE_CACHE    ?= $(HOME)/.cache/coracle
+CARGO            ?= cargo
+TARGET           := $(shell uname -m)-unknown-linux-gnu
+CARGO_TARGET_DIR ?= target
+RELEASE          := $(CARGO_TARGET_DIR)/$(TARGET)/release
+OUT              := $(CARGO_TARGET_DIR)/release
+DESTDIR          ?=
+PREFIX           ?= /usr/local
+
+BINARIES := coracle containerd-shim-coracle-v2 coracled
+TOOLS    := fixtures probe demo bench
+
+# Every tool is found by absolute path, whatever the working directory of a test.
+BIN_DIR  := $(abspath $(OUT))
+RUN_ENV  := CORACLE_CACHE="$(CORACLE_CACHE)" CORACLE_BIN_DIR="$(BIN_DIR)"
+
+.PHONY: help build tools run test bench check install clean deps
+
+help:
+	@echo 'make build     release binaries in $(OUT)'
+	@echo 'make run       a pod from a loopback registry, end to end (ONCE=1: then stop)'
+	@echo 'make test      the end-to-end tests, as root'
+	@echo 'make bench     measurements against runc, crun and containerd, in $(CARGO_TARGET_DIR)/bench'
+	@echo 'make check     format, lints, unit tests, architecture, licences'
+	@echo 'make install   binaries and systemd unit under DESTDIR and PREFIX'
+	@echo 'make deps      what run, test and bench need: packages by apt, Go tools in the cache'
+	@echo 'make clean     remove what was built'
+
+build:
+	$(CARGO) build --locked --release --bins -p coracle -p coracle-shim -p coracle-cri
+	@mkdir -p $(OUT)
+	@for b in $(BINARIES); do ln -f $(RELEASE)/$$b $(OUT)/$$b || cp -f $(RELEASE)/$$b $(OUT)/$$b; done
+	@ls -l $(addprefix $(OUT)/,$(BINARIES))
+
+# Programs that only tests, `make run` and `make bench` use.
+tools:
+	$(CARGO) build --locked --release --bins -p coracle-fixtures -p coracle-integration
+	@mkdir -p $(OUT)
+	@for b in $(TOOLS); do ln -f $(RELEASE)/$$b $(OUT)/$$b || cp -f $(RELEASE)/$$b $(OUT)/$$b; done
+
+deps:
+	@CORACLE_CACHE="$(CORACLE_CACHE)" .ci/deps
+
+run: deps build tools
+	@$(RUN_ENV) $(OUT)/demo $(if $(ONCE),--once)
+
+# One test at a time: they share the machine's network, cgroups and mount table.
+test: deps build tools
+	$(RUN_ENV) $(CARGO) test --locked -p coracle-integration --no-fail-fast -- --test-threads=1
+
+bench: deps build tools
+	@$(RUN_ENV) $(OUT)/bench --out $(CARGO_TARGET_DIR)/bench $(BENCH_ARGS)
+
+check:
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO) test --locked --workspace --exclude coracle-integration --no-fail-fast
+	$(CARGO) test --locked -p coracle-integration --lib --test architecture
+	@CORACLE_CACHE="$(CORACLE_CACHE)" .ci/deny
+
+install: build
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system
+	for b in $(BINARIES); do install -m 0755 $(OUT)/$$b $(DESTDIR)$(PREFIX)/bin/$$b || exit 1; done
+	sed 's|@PREFIX@|$(PREFIX)|g' docs/coracled.service.in > $(DESTDIR)$(PREFIX)/lib/systemd/system/coracled.service
+	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/coracled.service
+
+clean:
+	$(CARGO) clean
