@@ -1,1 +1,26 @@
-//! image-store
+//! Pulls, verifies, unpacks and keeps OCI images, and makes overlayfs snapshots of them.
+//!
+//! On disk, under the root (mode 0700):
+//! ```text
+//! VERSION  lock
+//! staging/<n>/            layers and snapshots being made; emptied at open
+//! layers/<key>/{fs/,layer.json}
+//! images/<id>.json        the only commit point of an image
+//! snapshots/<key>/{snapshot.json,upper/,work/}
+//! gc/<n>/                 renamed away, deleted in the background
+//! ```
+//! Code, in the order data flows: `reference` and `digest` parse names; `registry` fetches; `pull`
+//! drives one pull; `unpack` turns a layer stream into a directory; `content` keeps records;
+//! `snapshot` makes container file systems; `gc` deletes; `lock` keeps a second daemon out.
+#![forbid(unsafe_code)]
+
+mod api;
+mod digest;
+mod error;
+
+pub use api::{
+    Auth, FsInfo, Image, ImageConfig, ImageStore, LayerInfo, PullRequest, Snapshot, StoreConfig,
+    Usage,
+};
+pub use digest::{Algorithm, Digest, ImageId};
+pub use error::{Error, ErrorKind};
