@@ -3,4 +3,7 @@
 //! One file per kernel concept. Wrappers take and return owned or borrowed fds, never raw ones,
 //! and report failures as `std::io::Error`; naming the call and its subject is the caller's part.
 #![cfg(target_os = "linux")]
-
+pub mod clone;
+pub mod exec;
+pub mod mount;
+pub mod process;
