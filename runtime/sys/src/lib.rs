@@ -7,3 +7,4 @@ pub mod clone;
 pub mod exec;
 pub mod mount;
 pub mod process;
+pub mod spawn;
