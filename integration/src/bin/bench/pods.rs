@@ -1,0 +1,238 @@
+//! Pod start of coracled and of Debian's containerd: RunPodSandbox + CreateContainer +
+//! StartContainer, by one gRPC client, both daemons up at the same time and asked in turn.
+//!
+//! Everything runs in a network and mount namespace of its own, so that no bridge, rule or mount
+//! outlives the run.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::cri::{Client, Net, Start};
+use crate::runtime::{our, which};
+use crate::series::{Comparison, Series};
+
+const CLOCK: &str = "Clock: the three calls RunPodSandbox, CreateContainer, StartContainer as one \
+    gRPC client sees them; pids of the container's own. Both with default settings and cgroupfs. \
+    containerd runs its pause image and the CNI plugins bridge, host-local and portmap; coracled \
+    its built-in bridge. Left out: pulling the image, stopping and removing the pod.";
+
+/// A program that is killed and reaped with the value.
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.0);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let until = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < until {
+            if !matches!(self.0.try_wait(), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs the comparison in namespaces of its own and reads its result.
+pub fn compare(rounds: usize) -> Result<Vec<Comparison>> {
+    let script = "ip link set lo up && mount -t tmpfs none /run/netns 2>/dev/null || \
+                  { mkdir -p /run/netns && mount -t tmpfs none /run/netns; } && exec \"$@\"";
+    let output = Command::new("unshare")
+        .args([
+            "--net",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            script,
+            "sh",
+        ])
+        .arg(std::env::current_exe()?)
+        .args(["inner-pods", &rounds.to_string()])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("unshare")?;
+    ensure!(
+        output.status.success(),
+        "the pods' namespaces: {}",
+        output.status
+    );
+    serde_json::from_slice(&output.stdout).context("the comparison of pods")
+}
+
+/// The part that runs inside: prints its comparisons as JSON.
+pub fn inner(rounds: usize) -> Result<()> {
+    let dir = tempfile::Builder::new().prefix("coracle-bench").tempdir()?;
+    let (registry, _registry) = registry(dir.path())?;
+    let image = format!("{registry}/coracle/tools:latest");
+    let pause = format!("{registry}/pause:3.9");
+    let (ours, _coracled) = coracled(dir.path())?;
+    let (peer, _containerd) = containerd(dir.path(), &pause)?;
+    let names = [
+        "coracled".to_owned(),
+        version(&which("containerd").context("containerd")?)?,
+    ];
+    let mut clients = [Client::connect(&ours)?, Client::connect(&peer)?];
+    for client in &mut clients {
+        client.pull(&image)?;
+    }
+    let mut comparisons = Vec::new();
+    for (what, net) in [
+        ("pod start", Net::Pod),
+        ("pod start, hostNetwork", Net::Host),
+    ] {
+        comparisons.extend(one(&mut clients, &names, what, net, &image, rounds)?);
+    }
+    println!("{}", serde_json::to_string(&comparisons)?);
+    Ok(())
+}
+
+/// One way to start pods: the whole, and each call on its own.
+fn one(
+    clients: &mut [Client; 2],
+    names: &[String; 2],
+    what: &str,
+    net: Net,
+    image: &str,
+    rounds: usize,
+) -> Result<Vec<Comparison>> {
+    let mut steps: Vec<Vec<Start>> = vec![Vec::new(), Vec::new()];
+    let labels = [names[0].as_str(), names[1].as_str()];
+    let whole = Comparison::take(what, CLOCK, &labels, rounds, |program, round| {
+        let name = format!("bench-{net:?}-{round}").to_lowercase();
+        let start = clients[program].pod(&name, image, net)?;
+        let took = start.all();
+        if round > 0 {
+            steps[program].push(start);
+        }
+        Ok(took)
+    })?;
+    let part = |call: &str, of: fn(&Start) -> Duration| Comparison {
+        what: format!("{what}: {call}"),
+        clock: "One call of the above.".to_owned(),
+        series: (0..2)
+            .map(|program| Series {
+                program: names[program].clone(),
+                millis: steps[program]
+                    .iter()
+                    .map(|s| of(s).as_secs_f64() * 1e3)
+                    .collect(),
+            })
+            .collect(),
+        goal: None,
+    };
+    let parts = [
+        part("RunPodSandbox", |s| s.sandbox),
+        part("CreateContainer", |s| s.create),
+        part("StartContainer", |s| s.start),
+    ];
+    Ok(std::iter::once(whole.goal(&names[1], 0.25))
+        .chain(parts)
+        .collect())
+}
+
+/// A registry on loopback that serves the test images, and its address.
+fn registry(dir: &Path) -> Result<(String, Daemon)> {
+    let storage = Command::new(our("fixtures")?)
+        .arg("storage")
+        .stderr(Stdio::inherit())
+        .output()?;
+    ensure!(
+        storage.status.success(),
+        "fixtures storage: {}",
+        storage.status
+    );
+    let storage = String::from_utf8(storage.stdout)?;
+    let address = "127.0.0.1:5000";
+    let config = dir.join("registry.yml");
+    fs::write(
+        &config,
+        format!(
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}, \
+             maintenance: {{readonly: {{enabled: true}}}}}}\nhttp: {{addr: {address}}}\n",
+            storage.trim()
+        ),
+    )?;
+    let daemon = spawn(
+        Command::new("docker-registry").arg("serve").arg(&config),
+        &dir.join("registry.log"),
+    )?;
+    Ok((address.to_owned(), daemon))
+}
+
+fn coracled(dir: &Path) -> Result<(PathBuf, Daemon)> {
+    let socket = dir.join("coracled.sock");
+    let daemon = spawn(
+        Command::new(our("coracled")?)
+            .arg("--root")
+            .arg(dir.join("coracled-root"))
+            .arg("--state")
+            .arg(dir.join("coracled-state"))
+            .arg("--socket")
+            .arg(&socket),
+        &dir.join("coracled.log"),
+    )?;
+    Ok((socket, daemon))
+}
+
+fn containerd(dir: &Path, pause: &str) -> Result<(PathBuf, Daemon)> {
+    let socket = dir.join("containerd.sock");
+    let nets = dir.join("net.d");
+    fs::create_dir(&nets)?;
+    fs::write(
+        nets.join("10-bench.conflist"),
+        r#"{"cniVersion":"1.0.0","name":"bench","plugins":[
+            {"type":"bridge","bridge":"bench0","isGateway":true,"ipMasq":true,
+             "ipam":{"type":"host-local","ranges":[[{"subnet":"10.99.0.0/16"}]],
+                     "routes":[{"dst":"0.0.0.0/0"}],"dataDir":"DIR/ipam"}},
+            {"type":"portmap","capabilities":{"portMappings":true}}]}"#
+            .replace("DIR", &dir.display().to_string()),
+    )?;
+    let config = dir.join("containerd.toml");
+    let text = format!(
+        "version = 2\nroot = '{dir}/containerd-root'\nstate = '{dir}/containerd-state'\n\
+         [grpc]\naddress = '{socket}'\n[ttrpc]\naddress = '{socket}.ttrpc'\n\
+         [plugins.'io.containerd.grpc.v1.cri']\nsandbox_image = '{pause}'\n\
+         [plugins.'io.containerd.grpc.v1.cri'.cni]\nbin_dir = '/usr/lib/cni'\nconf_dir = '{nets}'\n",
+        dir = dir.display(),
+        socket = socket.display(),
+        nets = nets.display(),
+    );
+    fs::write(&config, text)?;
+    let daemon = spawn(
+        Command::new("containerd").arg("--config").arg(&config),
+        &dir.join("containerd.log"),
+    )?;
+    Ok((socket, daemon))
+}
+
+fn spawn(command: &mut Command, log: &Path) -> Result<Daemon> {
+    let log = File::create(log)?;
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("{command:?}"))?;
+    Ok(Daemon(child))
+}
+
+fn version(path: &Path) -> Result<String> {
+    let output = Command::new(path).arg("--version").output()?;
+    let line = BufReader::new(&output.stdout[..]).lines().next();
+    let Some(line) = line.transpose()? else {
+        bail!("{}: no version", path.display())
+    };
+    Ok(format!(
+        "containerd {}",
+        line.split_whitespace().nth(2).unwrap_or("?")
+    ))
+}
