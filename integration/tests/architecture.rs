@@ -11,35 +11,65 @@ const EDGES: &[(&str, &str, &[&str])] = &[
     ("coracle-sys", "runtime/sys", &[]),
     ("coracle", "runtime", &["coracle-oci", "coracle-sys"]),
     ("coracle-shim", "shim", &["coracle-oci", "coracle-sys"]),
-    ("coracle-image-store", "image-store", &["coracle-oci", "coracle-sys"]),
-    ("coracle-cri", "cri-server", &["coracle-image-store", "coracle-oci", "coracle-sys"]),
+    (
+        "coracle-image-store",
+        "image-store",
+        &["coracle-oci", "coracle-sys"],
+    ),
+    (
+        "coracle-cri",
+        "cri-server",
+        &["coracle-image-store", "coracle-oci", "coracle-sys"],
+    ),
     ("coracle-integration", "integration", &[]),
     ("coracle-fixtures", "rootfs-fixtures", &[]),
 ];
 
-const FOLDERS: &[&str] =
-    &["cri-server", "docs", "image-store", "integration", "rootfs-fixtures", "runtime", "shim"];
+const FOLDERS: &[&str] = &[
+    "cri-server",
+    "docs",
+    "image-store",
+    "integration",
+    "rootfs-fixtures",
+    "runtime",
+    "shim",
+];
 
 /// What the runtime's start path must never link: async runtimes, protobuf, networks.
-const NEVER_IN_RUNTIME: &[&str] =
-    &["tokio", "prost", "prost-types", "tonic", "reqwest", "hyper", "oci-client", "rustls"];
+const NEVER_IN_RUNTIME: &[&str] = &[
+    "tokio",
+    "prost",
+    "prost-types",
+    "tonic",
+    "reqwest",
+    "hyper",
+    "oci-client",
+    "rustls",
+];
 
 const LINES_AT_MOST: usize = 800;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace").into()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the crate lies in the workspace")
+        .into()
 }
 
 fn manifest(folder: &str) -> toml::Table {
     let path = root().join(folder).join("Cargo.toml");
     let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    text.parse().unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    text.parse()
+        .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 /// Names of everything that a manifest's tables of the given names list, per-target ones too.
 fn dependencies(manifest: &toml::Table, tables: &[&str]) -> BTreeSet<String> {
     let targets = manifest.get("target").and_then(|t| t.as_table());
-    let scopes = targets.into_iter().flat_map(|t| t.values()).filter_map(|t| t.as_table());
+    let scopes = targets
+        .into_iter()
+        .flat_map(|t| t.values())
+        .filter_map(|t| t.as_table());
     std::iter::once(manifest)
         .chain(scopes)
         .flat_map(|scope| tables.iter().filter_map(|key| scope.get(*key)?.as_table()))
@@ -55,7 +85,8 @@ fn sources_of(folder: &str) -> Vec<PathBuf> {
         for entry in fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display())) {
             let path = entry.expect("a readable folder").path();
             if path.is_dir() {
-                if path.file_name().is_some_and(|n| n != "target") && !path.join("Cargo.toml").exists()
+                if path.file_name().is_some_and(|n| n != "target")
+                    && !path.join("Cargo.toml").exists()
                 {
                     folders.push(path);
                 }
@@ -74,7 +105,11 @@ fn crates_link_only_along_the_allowed_edges() {
     let mut wrong = Vec::new();
     for (name, folder, allowed) in EDGES {
         let manifest = manifest(folder);
-        assert_eq!(manifest["package"]["name"].as_str(), Some(*name), "{folder}/Cargo.toml");
+        assert_eq!(
+            manifest["package"]["name"].as_str(),
+            Some(*name),
+            "{folder}/Cargo.toml"
+        );
         let all = ["dependencies", "dev-dependencies", "build-dependencies"];
         for dependency in dependencies(&manifest, &all) {
             if ours.contains(dependency.as_str()) && !allowed.contains(&dependency.as_str()) {
@@ -82,7 +117,10 @@ fn crates_link_only_along_the_allowed_edges() {
             }
         }
     }
-    assert!(wrong.is_empty(), "edges that the architecture does not allow: {wrong:?}");
+    assert!(
+        wrong.is_empty(),
+        "edges that the architecture does not allow: {wrong:?}"
+    );
 }
 
 #[test]
@@ -98,7 +136,11 @@ fn workspace_members_are_exactly_the_listed_crates() {
     assert_eq!(members, listed);
     for (_, folder, _) in EDGES {
         let manifest = manifest(folder);
-        assert_eq!(manifest["lints"]["workspace"].as_bool(), Some(true), "{folder}: no lints");
+        assert_eq!(
+            manifest["lints"]["workspace"].as_bool(),
+            Some(true),
+            "{folder}: no lints"
+        );
     }
 }
 
@@ -130,20 +172,27 @@ fn files_stay_under_the_line_limit() {
     let mut long = BTreeMap::new();
     for (_, folder, _) in EDGES {
         for path in sources_of(folder) {
-            let lines = fs::read_to_string(&path).expect("a readable source").lines().count();
+            let lines = fs::read_to_string(&path)
+                .expect("a readable source")
+                .lines()
+                .count();
             if lines > LINES_AT_MOST {
                 long.insert(path.display().to_string(), lines);
             }
         }
     }
-    assert!(long.is_empty(), "files of more than {LINES_AT_MOST} lines: {long:#?}");
+    assert!(
+        long.is_empty(),
+        "files of more than {LINES_AT_MOST} lines: {long:#?}"
+    );
 }
 
 /// `unsafe` as a word of code, not of a comment.
 fn has_unsafe(text: &str) -> bool {
     text.lines().any(|line| {
         let code = line.split("//").next().unwrap_or_default();
-        code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe")
+        code.split(|c: char| !c.is_alphanumeric() && c != '_')
+            .any(|word| word == "unsafe")
     })
 }
 
