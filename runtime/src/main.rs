@@ -1,1 +1,7 @@
-fn main() {}
+//! coracle: argv in, exit code out.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    coracle::cli::main(std::env::args_os().collect())
+}
