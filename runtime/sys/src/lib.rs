@@ -3,8 +3,11 @@
 //! One file per kernel concept. Wrappers take and return owned or borrowed fds, never raw ones,
 //! and report failures as `std::io::Error`; naming the call and its subject is the caller's part.
 #![cfg(target_os = "linux")]
+pub mod bpf;
 pub mod clone;
 pub mod exec;
 pub mod mount;
+pub mod network;
 pub mod process;
+pub mod seccomp;
 pub mod spawn;
