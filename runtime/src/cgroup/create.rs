@@ -1,0 +1,399 @@
+//! The plan of a container's cgroup and its creation.
+//!
+//! Directories first, with whatever a process needs to get in; limits are `Cgroup::apply_limits`.
+//! A failed creation removes the directories that it made and no others.
+
+use std::path::{Path, PathBuf};
+
+use coracle_oci::record::CgroupRecord;
+use coracle_oci::spec::{Linux, LinuxResources};
+use rustix::fs::Mode;
+use rustix::io::Errno;
+
+use super::devices::DeviceRules;
+use super::path::{Layout, Place, PlanOptions};
+use super::step::{Dir, Step, Write};
+use super::tree::Cgroup;
+use super::{freeze, limits_v1, limits_v2, program, remove, tree};
+use crate::error::{Error, Kind, Result};
+
+/// Everything that will be made and written, decided before anything is.
+#[derive(Clone, Debug)]
+pub struct CgroupPlan {
+    pub(super) layout: Layout,
+    /// v1 cpuset files, which joining depends on.
+    cpuset: Vec<Write>,
+    pub(super) limits: Vec<Limit>,
+    pub(super) devices: Devices,
+    pub(super) rootless: bool,
+    /// What the spec asks for and every runtime ignores, for the log.
+    pub warnings: Vec<String>,
+}
+
+impl Limit {
+    /// The controller, for errors about it.
+    pub fn name(&self) -> &str {
+        match (&self.step, self.controller) {
+            (Step::Write(write) | Step::IfPresent(write) | Step::Lines(write), "") => {
+                write.file.split('.').next().unwrap_or_default()
+            }
+            (Step::FirstPresent(_), "") => "io",
+            (Step::Around { .. }, "") => "cpu",
+            (_, "") => "memory",
+            (_, controller) => controller,
+        }
+    }
+}
+
+/// A step in one of the layout's directories.
+#[derive(Clone, Debug)]
+pub(super) struct Limit {
+    pub dir: usize,
+    pub controller: &'static str,
+    pub step: Step,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Devices {
+    /// An update leaves them alone.
+    Keep,
+    V1 {
+        dir: usize,
+        writes: Vec<Write>,
+    },
+    V2 {
+        program: Vec<u64>,
+        allow_all: bool,
+    },
+}
+
+impl CgroupPlan {
+    pub(super) fn new(
+        layout: Layout,
+        linux: Option<&Linux>,
+        options: PlanOptions,
+    ) -> Result<CgroupPlan> {
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let mut plan = CgroupPlan::limits(layout, resources, options)?;
+        let rules = resources.and_then(|resources| resources.devices().as_deref());
+        let rules = DeviceRules::new(rules.unwrap_or_default(), linux)?;
+        plan.devices = if plan.layout.version == 2 {
+            Devices::V2 {
+                program: program::assemble(&rules),
+                allow_all: rules.default_allow && rules.exceptions.is_empty(),
+            }
+        } else {
+            let writes = rules.v1_writes();
+            match plan.layout.controller("devices") {
+                Some(dir) => Devices::V1 { dir, writes },
+                // Without the hierarchy nothing would hold the container back.
+                None if !options.rootless => {
+                    return Err(Error::unsupported(
+                        "linux.resources.devices: the devices cgroup is not mounted",
+                    ));
+                }
+                None => Devices::Keep,
+            }
+        };
+        Ok(plan)
+    }
+
+    pub(super) fn update(
+        record: &CgroupRecord,
+        resources: &LinuxResources,
+        options: PlanOptions,
+    ) -> Result<CgroupPlan> {
+        CgroupPlan::limits(Layout::from_record(record), Some(resources), options)
+    }
+
+    fn limits(
+        layout: Layout,
+        resources: Option<&LinuxResources>,
+        options: PlanOptions,
+    ) -> Result<CgroupPlan> {
+        let mut warnings = Vec::new();
+        let mut limits = Vec::new();
+        let mut cpuset = Vec::new();
+        match resources {
+            None => {}
+            Some(resources) if layout.version == 2 => {
+                let steps = limits_v2::plan(resources, &mut warnings)?;
+                limits.extend(steps.into_iter().map(|step| Limit {
+                    dir: 0,
+                    controller: "",
+                    step,
+                }));
+            }
+            Some(resources) => {
+                for (controller, step) in limits_v1::plan(resources, &mut warnings)? {
+                    limits.push(Limit {
+                        dir: layout.require(controller)?,
+                        controller,
+                        step,
+                    });
+                }
+                cpuset = limits_v1::cpuset(Some(resources));
+                if !cpuset.is_empty() {
+                    layout.require("cpuset")?;
+                }
+            }
+        }
+        let rootless = options.rootless;
+        let devices = Devices::Keep;
+        Ok(CgroupPlan {
+            layout,
+            cpuset,
+            limits,
+            devices,
+            rootless,
+            warnings,
+        })
+    }
+
+    /// What goes into the intent and the container record.
+    pub fn record(&self) -> CgroupRecord {
+        self.layout.record()
+    }
+
+    /// The same plan without any cgroup: for a rootless container whose cgroup is out of reach.
+    fn without_cgroup(&self) -> Cgroup {
+        Cgroup::open(&CgroupRecord::None)
+    }
+
+    /// Makes the directories, and fills the v1 cpusets that joining needs.
+    ///
+    /// # Errors
+    /// A directory cannot be made, the cgroup holds processes already or is frozen.
+    pub fn create(&self) -> Result<Cgroup> {
+        let mut made = Vec::new();
+        match self.create_dirs(&mut made) {
+            Ok(()) => Ok(Cgroup::new(self.layout.version, &self.layout.dirs, made)),
+            Err(error) => {
+                for path in made.iter().rev() {
+                    // The first failure is the one to report.
+                    let _ = rustix::fs::rmdir(path);
+                }
+                if self.is_tolerable(&error) {
+                    return Ok(self.without_cgroup());
+                }
+                Err(error.context("unable to apply cgroup configuration"))
+            }
+        }
+    }
+
+    /// A rootless container that asks for nothing can live without a cgroup of its own.
+    fn is_tolerable(&self, error: &Error) -> bool {
+        let permission = matches!(
+            error.errno().map(Errno::from_raw_os_error),
+            Some(Errno::PERM | Errno::ACCESS | Errno::ROFS)
+        );
+        let asks = !self.limits.is_empty() || !self.cpuset.is_empty();
+        self.rootless && permission && !self.layout.named && !asks
+    }
+
+    fn create_dirs(&self, made: &mut Vec<PathBuf>) -> Result<()> {
+        for place in &self.layout.dirs {
+            let before = made.len();
+            make_dir(place, made)?;
+            let existed = made.len() == before;
+            if existed {
+                check_unused(self.layout.version, place)?;
+            }
+            match self.layout.version {
+                2 => enable_controllers(place)?,
+                _ if place.controllers.iter().any(|c| c == "cpuset") => {
+                    self.fill_cpusets(place)?;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// v1 cpusets start empty and take no process until they have processors and memory nodes:
+    /// the asked ones, or the parent's.
+    fn fill_cpusets(&self, place: &Place) -> Result<()> {
+        let below = place
+            .path
+            .strip_prefix(&place.mountpoint)
+            .unwrap_or(Path::new(""));
+        let mut parent = Dir::open(&place.mountpoint)?;
+        let count = below.components().count();
+        for (index, name) in below.components().enumerate() {
+            let current = Dir::open(&parent.path().join(name))?;
+            if index + 1 == count {
+                self.cpuset
+                    .iter()
+                    .try_for_each(|w| current.apply(&Step::Write(w.clone())))?;
+            }
+            for (file, old_name) in [("cpuset.cpus", "cpus"), ("cpuset.mems", "mems")] {
+                inherit(&parent, &current, file, old_name)?;
+            }
+            parent = current;
+        }
+        Ok(())
+    }
+
+    /// Writes the limits of an existing cgroup's cpuset, for updates.
+    pub(super) fn apply_cpuset(&self, dirs: &tree::Dirs<'_>) -> Result<()> {
+        let Some(index) = self
+            .layout
+            .controller("cpuset")
+            .filter(|_| !self.cpuset.is_empty())
+        else {
+            return Ok(());
+        };
+        let dir = dirs.open(index)?;
+        self.cpuset
+            .iter()
+            .try_for_each(|write| dir.apply(&Step::Write(write.clone())))
+    }
+}
+
+impl Layout {
+    pub(super) fn controller(&self, name: &str) -> Option<usize> {
+        self.dirs
+            .iter()
+            .position(|place| place.controllers.iter().any(|c| c == name))
+    }
+
+    fn require(&self, controller: &'static str) -> Result<usize> {
+        self.controller(controller).ok_or_else(|| {
+            let why = if self.dirs.is_empty() {
+                "container could not join or create cgroup"
+            } else {
+                "the controller is not mounted"
+            };
+            Error::unsupported(format!("cannot set {controller} limit: {why}"))
+        })
+    }
+}
+
+fn make_dir(place: &Place, made: &mut Vec<PathBuf>) -> Result<()> {
+    // Most often only the last component is new.
+    let mode = Mode::from_raw_mode(0o755);
+    let mut missing = vec![place.path.as_path()];
+    while let Some(path) = missing.last().copied() {
+        match rustix::fs::mkdir(path, mode) {
+            Ok(()) => {
+                made.push(path.to_owned());
+                missing.pop();
+            }
+            Err(Errno::EXIST) => {
+                missing.pop();
+            }
+            Err(Errno::NOENT) if path.starts_with(&place.mountpoint) && missing.len() < 512 => {
+                let Some(parent) = path.parent().filter(|parent| *parent != place.mountpoint)
+                else {
+                    return Err(cannot_make(path, Errno::NOENT));
+                };
+                missing.push(parent);
+            }
+            Err(errno) => return Err(cannot_make(path, errno)),
+        }
+    }
+    Ok(())
+}
+
+fn cannot_make(path: &Path, errno: Errno) -> Error {
+    Error::system("mkdir", path.display().to_string(), errno)
+}
+
+/// A directory that was there before must not hold anybody else's processes.
+fn check_unused(version: u8, place: &Place) -> Result<()> {
+    let tree = remove::processes_below(&place.path)?;
+    if !tree.is_empty() {
+        return Err(Error::new(
+            Kind::State,
+            format!(
+                "container's cgroup is not empty: {} process(es) found",
+                tree.len()
+            ),
+            "",
+        ));
+    }
+    let freezer = version == 2 || place.controllers.iter().any(|c| c == "freezer");
+    if freezer && freeze::is_frozen(version, &Dir::open(&place.path)?)? {
+        return Err(Error::new(
+            Kind::State,
+            "container's cgroup unexpectedly frozen",
+            "",
+        ));
+    }
+    Ok(())
+}
+
+fn inherit(parent: &Dir, current: &Dir, file: &'static str, old_name: &'static str) -> Result<()> {
+    // A hierarchy mounted with `noprefix` has the names without "cpuset.".
+    let (file, found) = match current.read(file) {
+        Err(Errno::NOENT) => (old_name, current.read(old_name)),
+        found => (file, found),
+    };
+    let failed = |call: &'static str, dir: &Dir, errno: Errno| {
+        Error::system(call, dir.path().join(file).display().to_string(), errno)
+    };
+    if !found
+        .map_err(|errno| failed("read", current, errno))?
+        .trim()
+        .is_empty()
+    {
+        return Ok(());
+    }
+    let value = parent
+        .read(file)
+        .map_err(|errno| failed("read", parent, errno))?;
+    current
+        .write(file, value.trim())
+        .map_err(|errno| failed("write", current, errno))
+}
+
+/// Hands every controller of the root down to the parent of the container's cgroup, so that the
+/// container is accounted for all of them. Only what is missing is written.
+fn enable_controllers(place: &Place) -> Result<()> {
+    let root = Dir::open(&place.mountpoint)?;
+    let available = root.read("cgroup.controllers").unwrap_or_default();
+    if available.trim().is_empty() {
+        return Ok(());
+    }
+    let leaf = Dir::open(&place.path)?;
+    let present = leaf.read("cgroup.controllers").unwrap_or_default();
+    let is_missing = |name: &&str| !present.split_whitespace().any(|found| found == *name);
+    let missing: Vec<&str> = available.split_whitespace().filter(is_missing).collect();
+    if !missing.is_empty() {
+        let below = place
+            .path
+            .strip_prefix(&place.mountpoint)
+            .unwrap_or(Path::new(""));
+        let mut current = place.mountpoint.clone();
+        for name in below.components() {
+            delegate(&Dir::open(&current)?, &missing);
+            current.push(name);
+        }
+    }
+    check_type(&leaf)
+}
+
+/// What cannot be handed down (no permission, processes in the way) shows when its limit is set.
+fn delegate(dir: &Dir, controllers: &[&str]) {
+    let all = format!("+{}", controllers.join(" +"));
+    if dir.write("cgroup.subtree_control", &all).is_err() {
+        for controller in controllers {
+            let _ = dir.write("cgroup.subtree_control", &format!("+{controller}"));
+        }
+    }
+}
+
+/// Below a cgroup with processes a new one is "domain invalid" and takes no process until it is
+/// made threaded, which costs it the domain controllers; their limits then say so.
+fn check_type(leaf: &Dir) -> Result<()> {
+    let Ok(kind) = leaf.read("cgroup.type") else {
+        return Ok(());
+    };
+    if kind.trim() == "domain invalid" {
+        leaf.write("cgroup.type", "threaded").map_err(|errno| {
+            let path = leaf.path().display().to_string();
+            Error::system("cannot enter cgroup in an invalid state", path, errno)
+        })?;
+    }
+    Ok(())
+}
