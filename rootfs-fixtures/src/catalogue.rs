@@ -514,6 +514,7 @@ fn odd_layers(layout: &mut Layout, base: &Layer) -> Result<()> {
         .text("/becomes-file/child", 0o644, "child\n")
         .symlink("/link-to-dir", "dir")
         .text("/original", 0o644, "original\n")
+        .hardlink("/dir/hardlink", "/original")
         .text(&long, 0o644, "long\n")
         .text("/setuid", 0o4755, "setuid\n")
         .text("/owned", 0o640, "owned\n")
@@ -531,8 +532,10 @@ fn odd_layers(layout: &mut Layout, base: &Layer) -> Result<()> {
         .text("/replaced", 0o755, "new\n")
         .text("/becomes-dir/child", 0o644, "child\n")
         .text("/becomes-file", 0o644, "file\n")
-        .text("/link-to-dir/through-link", 0o644, "through\n")
-        .hardlink("/hardlink", "/original");
+        .bare_file("link-to-dir/through-link", "through\n")
+        // As a copy-up of one of two names stores it: both are in this layer again.
+        .text("/pair", 0o644, "pair\n")
+        .hardlink("/another", "/pair");
     let third = Tree::new().text("/unicode-\u{fc}\u{2603}", 0o644, "unicode\n");
     let config = Config {
         cmd: vec!["sh"],
@@ -589,7 +592,7 @@ fn broken(layout: &mut Layout, base: &Layer) -> Result<()> {
     )?;
     layout.name(&stored, &format!("{OURS}/bad-config:latest"));
 
-    let evil = Tree::new().hostile_file("../../../../../../coracle-escaped", "escaped\n");
+    let evil = Tree::new().bare_file("../../../../../../coracle-escaped", "escaped\n");
     let evil = layout.layer(&evil, Compression::Gzip)?;
     add(
         layout,
@@ -600,7 +603,7 @@ fn broken(layout: &mut Layout, base: &Layer) -> Result<()> {
 
     // A link that leads out of the root, then a file through it: it must land inside.
     let outside = Tree::new().symlink("/escape", "/../../../../../../../tmp");
-    let through = Tree::new().text("/escape/coracle-escaped", 0o644, "escaped\n");
+    let through = Tree::new().bare_file("escape/coracle-escaped", "escaped\n");
     let layers = [
         base.clone(),
         layout.layer(&outside, Compression::Gzip)?,

@@ -39,8 +39,8 @@ struct Entry {
 #[derive(Clone, Default)]
 pub struct Tree {
     entries: BTreeMap<String, Entry>,
-    /// Entries whose path is kept as written, `..` and all: for images that must be refused.
-    hostile: Vec<(String, Entry)>,
+    /// Files whose path is kept as written, `..` and all, without entries for their parents.
+    bare: Vec<(String, Entry)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -100,13 +100,11 @@ impl Tree {
         self
     }
 
-    /// The target may be in a lower layer; it is written as given, without the leading slash.
+    /// The target must be in the same layer, as no unpacker looks for it below.
     pub fn hardlink(mut self, path: &str, target: &str) -> Self {
-        self.put(
-            path,
-            Kind::Hardlink(target.trim_start_matches('/').to_owned()),
-            0o755,
-        );
+        let target = target.trim_start_matches('/').to_owned();
+        let mode = self.entries.get(&target).map_or(0o644, |e| e.mode);
+        self.put(path, Kind::Hardlink(target), mode);
         self
     }
 
@@ -147,9 +145,9 @@ impl Tree {
         self
     }
 
-    pub fn hostile_file(mut self, raw_path: &str, text: &str) -> Self {
+    pub fn bare_file(mut self, raw_path: &str, text: &str) -> Self {
         let kind = Kind::File(Source::Bytes(text.as_bytes().to_vec()));
-        self.hostile
+        self.bare
             .push((raw_path.to_owned(), Entry::new(kind, 0o644)));
         self
     }
@@ -207,7 +205,7 @@ impl Tree {
                 .append(&mut tar, path)
                 .with_context(|| format!("add {path}"))?;
         }
-        for (path, entry) in &self.hostile {
+        for (path, entry) in &self.bare {
             entry.append_raw(&mut tar, path)?;
         }
         let hashing = tar.into_inner()?;
@@ -288,7 +286,7 @@ impl Entry {
     /// Past the checks of the tar crate, which refuses `..`.
     fn append_raw<W: Write>(&self, tar: &mut tar::Builder<W>, path: &str) -> Result<()> {
         let Kind::File(Source::Bytes(bytes)) = &self.kind else {
-            bail!("a hostile entry is a literal file");
+            bail!("a bare entry is a literal file");
         };
         let mut header = self.header(bytes.len() as u64)?;
         let name = &mut header.as_old_mut().name;
