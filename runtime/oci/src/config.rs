@@ -42,8 +42,35 @@ impl std::error::Error for ConfigError {
 /// # Errors
 /// The bytes are no JSON, or a property has a type or value that the runtime spec rules out.
 pub fn parse(bytes: &[u8]) -> Result<ParsedSpec, ConfigError> {
-    let (spec, warnings) = parse_tolerant("config.json", bytes, "/process/capabilities")?;
+    let (mut spec, warnings): (spec::Spec, _) =
+        parse_tolerant("config.json", bytes, "/process/capabilities")?;
+    let resources = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref());
+    if resources.is_some_and(has_zero_pids) && !has_pids_limit(bytes, "/linux/resources") {
+        let mut linux = spec.linux().clone().unwrap_or_default();
+        let mut resources = linux.resources().clone().unwrap_or_default();
+        resources.set_pids(None);
+        linux.set_resources(Some(resources));
+        spec.set_linux(Some(linux));
+    }
     Ok(ParsedSpec { spec, warnings })
+}
+
+/// oci-spec reads a `pids` without a limit as a limit of 0, which the kernel would enforce.
+fn has_zero_pids(resources: &spec::LinuxResources) -> bool {
+    resources
+        .pids()
+        .as_ref()
+        .is_some_and(|pids| pids.limit() == 0)
+}
+
+fn has_pids_limit(bytes: &[u8], resources: &str) -> bool {
+    let document: Value = serde_json::from_slice(bytes).unwrap_or_default();
+    document
+        .pointer(&format!("{resources}/pids/limit"))
+        .is_some_and(|limit| !limit.is_null())
 }
 
 /// Parses the process.json of `exec --process`, with the same tolerances.
@@ -59,7 +86,11 @@ pub fn parse_process(bytes: &[u8]) -> Result<(spec::Process, Vec<String>), Confi
 /// # Errors
 /// As for [`parse`].
 pub fn parse_resources(bytes: &[u8]) -> Result<spec::LinuxResources, ConfigError> {
-    parse_tolerant("resources", bytes, "").map(|(resources, _)| resources)
+    let (mut resources, _): (spec::LinuxResources, _) = parse_tolerant("resources", bytes, "")?;
+    if has_zero_pids(&resources) && !has_pids_limit(bytes, "") {
+        resources.set_pids(None);
+    }
+    Ok(resources)
 }
 
 /// Tries the direct way first: a document that needs no tolerance is read in a single pass.
@@ -184,7 +215,16 @@ mod tests {
     fn parse_null_members_are_absent() {
         let text = r#"{"ociVersion":"1.0.2","root":null,"hostname":null,
             "linux":{"resources":{"pids":{"limit":null}}}}"#;
-        assert!(parse(text.as_bytes()).is_ok());
+        let parsed = parse(text.as_bytes()).unwrap();
+        let resources = parsed
+            .spec
+            .linux()
+            .as_ref()
+            .unwrap()
+            .resources()
+            .clone()
+            .unwrap();
+        assert!(resources.pids().is_none());
     }
 
     #[test]
@@ -202,6 +242,23 @@ mod tests {
             assert_eq!(error.to_string(), "parse config.json");
             let source = error.source().unwrap().to_string();
             assert!(source.contains(want), "{source}");
+        }
+    }
+
+    #[test]
+    fn pids_limit_of_zero_is_told_from_none() {
+        for (text, want) in [
+            (r#"{"pids":{}}"#, None),
+            (r#"{"pids":{"limit":null}}"#, None),
+            (r#"{"pids":{"limit":0}}"#, Some(0)),
+            (r#"{"pids":{"limit":-1}}"#, Some(-1)),
+        ] {
+            let resources = parse_resources(text.as_bytes()).unwrap();
+            assert_eq!(resources.pids().map(|pids| pids.limit()), want, "{text}");
+            let config = format!(r#"{{"ociVersion":"1.0.2","linux":{{"resources":{text}}}}}"#);
+            let spec = parse(config.as_bytes()).unwrap().spec;
+            let resources = spec.linux().as_ref().unwrap().resources().clone().unwrap();
+            assert_eq!(resources.pids().map(|pids| pids.limit()), want, "{config}");
         }
     }
 

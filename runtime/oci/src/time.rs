@@ -21,6 +21,11 @@ pub fn rfc3339_nano(time: SystemTime) -> String {
     text
 }
 
+/// The present time in that form.
+pub fn now_rfc3339() -> String {
+    rfc3339_nano(SystemTime::now())
+}
+
 /// The Gregorian date of a day number counted from 1970-01-01: a shift to eras of 400 years that
 /// begin in March, so that the leap day is the last of its year.
 fn civil_from_days(days: u64) -> (u64, u64, u64) {
