@@ -31,6 +31,7 @@ mod freeze;
 mod limits_v1;
 mod limits_v2;
 mod mounts;
+mod oom;
 mod path;
 mod program;
 mod remove;
@@ -42,6 +43,7 @@ mod tree;
 
 pub use create::CgroupPlan;
 pub use mounts::{CgroupMode, Hierarchy, detect};
+pub use oom::{OomWatch, Seen};
 pub use path::PlanOptions;
 pub use stats::Stats;
 pub use tree::Cgroup;

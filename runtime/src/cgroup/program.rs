@@ -116,7 +116,6 @@ const JUMP_EQUAL_IMM: u8 = 0x15;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
 
     /// Runs the program for one access: an interpreter of the instructions used above.
     fn run(program: &[u64], kind: i32, access: i32, major: u32, minor: u32) -> bool {
@@ -213,21 +212,15 @@ mod tests {
                 {"allow":false,"type":"b","access":"rwm"}]}"#,
         )
         .unwrap();
-        let rules = DeviceRules::new(resources.devices().as_deref().unwrap_or_default(), None);
-        // The default mknod rule would punch a hole into "b *:* rwm": refused as on v1.
-        assert!(rules.is_err());
-        let rules = DeviceRules {
-            default_allow: true,
-            exceptions: BTreeMap::from([(
-                device(DeviceKind::Char, Some(10), Some(229)),
-                Access::WRITE,
-            )]),
-        };
+        let rules =
+            DeviceRules::new(resources.devices().as_deref().unwrap_or_default(), None).unwrap();
         let program = assemble(&rules);
         assert!(run(&program, CHAR, READ, 10, 229));
         assert!(!run(&program, CHAR, WRITE, 10, 229));
         assert!(!run(&program, CHAR, READ | WRITE, 10, 229));
         assert!(run(&program, CHAR, WRITE, 10, 228));
-        assert!(run(&program, BLOCK, WRITE, 10, 229));
+        assert!(!run(&program, BLOCK, WRITE, 10, 229));
+        // The default rules give mknod back.
+        assert!(run(&program, BLOCK, MKNOD, 10, 229));
     }
 }

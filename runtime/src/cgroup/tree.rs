@@ -83,8 +83,9 @@ impl Cgroup {
                 if arguments.len() != 1 {
                     return invalid(argument, "missing <controller>: prefix");
                 }
-                let path = sub_path(argument)?;
-                out.dirs.iter_mut().for_each(|place| place.path.push(&path));
+                for place in &mut out.dirs {
+                    place.path = below(place, argument)?;
+                }
                 continue;
             };
             for controller in controllers.split(',') {
@@ -105,7 +106,7 @@ impl Cgroup {
                 let Some(place) = place else {
                     return Err(Error::invalid(format!("unknown controller {controller}")));
                 };
-                place.path.push(sub_path(path)?);
+                place.path = below(place, path)?;
             }
         }
         Ok(out)
@@ -394,7 +395,17 @@ pub(super) fn is_gone(error: &Error) -> bool {
     )
 }
 
-/// A path below the container's cgroup.
+/// A directory at or below the container's own.
+fn below(place: &Place, path: &str) -> Result<PathBuf> {
+    let below = sub_path(path)?;
+    // Joining an empty path would add a slash.
+    Ok(if below.as_os_str().is_empty() {
+        place.path.clone()
+    } else {
+        place.path.join(below)
+    })
+}
+
 fn sub_path(path: &str) -> Result<PathBuf> {
     let mut out = PathBuf::new();
     for name in path

@@ -14,6 +14,7 @@ pub mod list;
 pub mod pause;
 pub mod pod_init;
 pub mod ps;
+mod resources;
 pub mod resume;
 pub mod run;
 pub mod spec;

@@ -13,11 +13,13 @@
 //! The files are hints; whether a container runs is asked of the kernel (`status`). What may be
 //! done in which status is one pure function (`transition`).
 
+mod container;
 mod status;
 mod store;
 pub mod transition;
 
+pub use container::{Container, open_process, parse_id, wait_exit};
 pub use coracle_oci::state::Status;
 pub use status::{is_alive, process_start_time, status};
-pub use store::{EXEC_FIFO, Entry, Intent, Lock, Store};
+pub use store::{Begun, EXEC_FIFO, Entry, Intent, Lock, Store};
 pub use transition::{Decision, Reason, Request, decide};

@@ -9,11 +9,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use coracle_oci::ContainerId;
-use coracle_oci::record::{ContainerRecord, IntentRecord};
+use coracle_oci::record::{ContainerRecord, IntentRecord, ProcessRecord};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::status::process_start_time;
 
 use crate::error::{Error, Kind, Result};
 
@@ -28,6 +30,28 @@ const CONFIG: &str = "config.json";
 /// No container: the text that engines match.
 pub(super) fn does_not_exist() -> Error {
     Error::new(Kind::NotFound, "container does not exist", "")
+}
+
+/// An intent as it is on disk: with the process that had it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Begun {
+    pub creator: ProcessRecord,
+    #[serde(flatten)]
+    pub intent: IntentRecord,
+}
+
+impl Begun {
+    fn now(intent: &IntentRecord) -> Result<Begun> {
+        let pid = rustix::process::getpid().as_raw_nonzero().get();
+        let creator = ProcessRecord {
+            pid,
+            start_time: process_start_time(pid)?,
+        };
+        Ok(Begun {
+            creator,
+            intent: intent.clone(),
+        })
+    }
 }
 
 /// The directory that holds all containers of one `--root`. Opening it makes no system call.
@@ -76,8 +100,13 @@ impl Store {
         let begun = Entry::open(dir.clone()).and_then(|entry| {
             let lock = entry.lock_file()?;
             let lock = lock.take(&entry)?;
-            entry.replace(INTENT, intent)?;
-            Ok(Intent { entry, lock })
+            let begun = Begun::now(intent)?;
+            entry.replace(INTENT, &begun)?;
+            Ok(Intent {
+                entry,
+                lock,
+                creator: begun.creator,
+            })
         });
         begun.inspect_err(|_| {
             // Nothing has been done yet: the claim may go without a trace.
@@ -186,7 +215,7 @@ impl Entry {
     ///
     /// # Errors
     /// It is damaged.
-    pub fn intent(&self) -> Result<Option<IntentRecord>> {
+    pub fn intent(&self) -> Result<Option<Begun>> {
         self.read_json(INTENT)
     }
 
@@ -326,6 +355,7 @@ impl AsFd for Entry {
 pub struct Intent {
     entry: Entry,
     lock: Lock,
+    creator: ProcessRecord,
 }
 
 impl Intent {
@@ -338,7 +368,13 @@ impl Intent {
     /// # Errors
     /// The state root cannot be written.
     pub fn update(&self, intent: &IntentRecord) -> Result<()> {
-        self.entry.replace(INTENT, intent)
+        self.entry.replace(
+            INTENT,
+            &Begun {
+                creator: self.creator,
+                intent: intent.clone(),
+            },
+        )
     }
 
     /// Puts the container on record. From here on it exists for every command, while the lock is
@@ -463,10 +499,8 @@ mod tests {
             store.load(&id).unwrap_err().to_string(),
             "container does not exist"
         );
-        assert_eq!(
-            store.entry(&id).unwrap().intent().unwrap(),
-            Some(intent("a"))
-        );
+        let found = store.entry(&id).unwrap().intent().unwrap().unwrap();
+        assert_eq!(found.intent, intent("a"));
         begun.commit(&record("a"), b"{}").unwrap();
         let entry = begun.finish();
         assert_eq!(entry.intent().unwrap(), None);

@@ -10,4 +10,5 @@ pub mod mount;
 pub mod network;
 pub mod process;
 pub mod seccomp;
+pub mod signal;
 pub mod spawn;

@@ -1,0 +1,25 @@
+//! `pause`: freezes every process of a container.
+
+use std::process::ExitCode;
+
+use super::GlobalArgs;
+use crate::error::Result;
+use crate::state::{Container, Request};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// the name of the container
+    #[arg(value_name = "container-id")]
+    id: String,
+}
+
+/// # Errors
+/// There is no such container, its status forbids it, or it does not freeze.
+pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
+    let container = Container::open(&global.root, &args.id)?;
+    let _lock = container.entry.lock()?;
+    if container.allows(Request::Pause)? {
+        container.cgroup().freeze()?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

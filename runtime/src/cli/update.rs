@@ -1,0 +1,117 @@
+//! `update`: other limits for a container that exists.
+//!
+//! Transactional: when the kernel refuses one of the new values, the old ones are written back and
+//! the record stays as it was. The arguments and the merge of old and new are in `resources`.
+
+use std::io::Read as _;
+use std::process::ExitCode;
+
+use coracle_oci::{config, spec};
+use serde_json::{Map, Value};
+
+use super::{GlobalArgs, resources};
+use crate::cgroup::{self, PlanOptions};
+use crate::error::{Error, Kind, Result};
+use crate::log;
+use crate::state::{Container, Request};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// the name of the container
+    #[arg(value_name = "container-id")]
+    id: String,
+    /// path to the file containing the resources to update or '-' to read from the standard input;
+    /// all other options are ignored then
+    #[arg(short, long, value_name = "value", allow_hyphen_values = true)]
+    resources: Option<String>,
+    #[command(flatten)]
+    flags: resources::Flags,
+}
+
+/// # Errors
+/// There is no such container, it does not run, a value is malformed, or the kernel refuses one.
+pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
+    let container = Container::open(&global.root, &args.id)?;
+    let asked = match args.resources.as_deref() {
+        None | Some("") => args.flags.parse()?,
+        Some(path) => read(path)?,
+    };
+    args.flags.refuse_rdt()?;
+    let _lock = container.entry.lock()?;
+    // Read anew under the lock: another update may have been faster.
+    let container = Container::open(&global.root, &args.id)?;
+    if container.allows(Request::Update)? {
+        apply(&container, asked, global)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn read(path: &str) -> Result<Map<String, Value>> {
+    let mut bytes = Vec::new();
+    let subject = if path == "-" { "stdin" } else { path };
+    let read = match path {
+        "-" => std::io::stdin().lock().read_to_end(&mut bytes),
+        _ => std::fs::File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)),
+    };
+    read.map_err(|error| Error::system("open", subject, error))?;
+    // Go's decoder takes the first document and leaves the rest.
+    let mut documents = serde_json::Deserializer::from_slice(&bytes).into_iter::<Value>();
+    let document = documents.next().unwrap_or(Ok(Value::Null));
+    let document = document
+        .map_err(|error| Error::new(Kind::Invalid, "parse resources", subject).source(error))?;
+    match document {
+        Value::Object(resources) => Ok(resources),
+        _ => Err(Error::new(
+            Kind::Invalid,
+            "parse resources: not an object:",
+            subject,
+        )),
+    }
+}
+
+fn apply(container: &Container, asked: Map<String, Value>, global: &GlobalArgs) -> Result<()> {
+    let config_bytes = container.entry.config()?;
+    let mut config: Value = serde_json::from_slice(&config_bytes)
+        .map_err(|error| Error::system("parse", "config.json of the container", error))?;
+    let old = config
+        .pointer("/linux/resources")
+        .cloned()
+        .unwrap_or(Value::Null);
+    let update = resources::merge(&old, asked);
+
+    let options = PlanOptions {
+        systemd_cgroup: false,
+        rootless: container.record.rootless_cgroups,
+    };
+    let new_plan =
+        cgroup::plan_update(&container.record.cgroup, &parse(&update.to_write)?, options)?;
+    for warning in &new_plan.warnings {
+        log::warning(global, warning);
+    }
+    let cgroup = container.cgroup();
+    if let Err(error) = cgroup.update(&new_plan) {
+        let restored = parse(&update.to_restore)
+            .and_then(|old| cgroup::plan_update(&container.record.cgroup, &old, options))
+            .and_then(|plan| cgroup.update(&plan));
+        if let Err(second) = restored {
+            log::warning(
+                global,
+                &format!("cannot set back cgroup limits: {second:#}"),
+            );
+        }
+        return Err(error);
+    }
+    if let Some(linux) = config.get_mut("linux").and_then(Value::as_object_mut) {
+        linux.insert("resources".into(), update.to_keep);
+    }
+    let bytes = serde_json::to_vec(&config)
+        .map_err(|error| Error::new(Kind::Internal, "encode", "config.json").source(error))?;
+    container.entry.save_config(&bytes)
+}
+
+fn parse(resources: &Value) -> Result<spec::LinuxResources> {
+    let bytes = serde_json::to_vec(resources)
+        .map_err(|error| Error::new(Kind::Internal, "encode", "resources").source(error))?;
+    config::parse_resources(&bytes)
+        .map_err(|error| Error::new(Kind::Invalid, "resources", "").source(error))
+}
