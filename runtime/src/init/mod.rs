@@ -1,1 +1,336 @@
+//! The child: from clone3 to execve, as one ordered list of steps.
+//!
+//! Runs in a copy of the parent's memory: the plan is read where the parent built it. One thread,
+//! no locks, no look-ups but of the container's files. Every failure goes to the parent as text.
 
+pub mod copy_up;
+pub mod device;
+pub mod identity;
+pub mod mount;
+pub mod program;
+pub mod resolve;
+pub mod rootfs;
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use coracle_oci::spec::{Hook, LinuxNamespaceType};
+use coracle_oci::state::{State, Status};
+use coracle_sys::{clone, exec, network, process as sys};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::thread::{LinkNameSpaceType, UnshareFlags};
+
+use crate::console::{self, Pty};
+use crate::error::{Error, Kind, Result};
+use crate::hooks;
+use crate::launch::channel::Channel;
+use crate::plan::namespaces::JoinStep;
+use crate::plan::{NamespacePlan, Plan, ProcessPlan};
+
+use identity::LabelFiles;
+use resolve::Root;
+
+/// What the parent has opened for the child.
+#[derive(Debug)]
+pub struct Inheritance<'a> {
+    pub plan: &'a Plan,
+    pub state: &'a State,
+    pub bundle: &'a Path,
+    pub channel: &'a Channel,
+    /// One place for each mount step: the trees that only the parent could clone.
+    pub early: &'a [Option<OwnedFd>],
+    pub early_root: Option<OwnedFd>,
+    /// Read side of `start`: see `crate::launch::gate`.
+    pub gate: Option<&'a OwnedFd>,
+    /// A stage has joined the namespaces before this child was cloned.
+    pub staged: bool,
+}
+
+/// Becomes the container's program, or reports why not.
+pub fn run(mut inheritance: Inheritance<'_>) -> ! {
+    let channel = inheritance.channel;
+    let error = match steps(&mut inheritance) {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    if channel.report_failure(&error).is_err() {
+        complain(&error);
+    }
+    clone::exit_now(1)
+}
+
+/// The last words of a child whose parent is gone: they reach the container's log.
+fn complain(error: &Error) {
+    let text = format!("coracle: {error:#}\n");
+    let _ = rustix::io::write(rustix::stdio::stderr(), text.as_bytes());
+}
+
+/// No value: the steps end in execve or in an error.
+pub enum Never {}
+
+fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
+    let plan = child.plan;
+    let process = &plan.process;
+    new_session()?;
+    if !child.staged {
+        join_namespaces(&plan.namespaces.joins)?;
+    }
+    if plan.namespaces.waits_for_maps() {
+        child.channel.wait()?;
+    }
+    if plan.namespaces.has_user() {
+        become_root()?;
+    }
+    enter_late_namespaces(&plan.namespaces)?;
+    if let Some(name) = &plan.keyring {
+        join_keyring(name)?;
+    }
+    name_and_network(plan)?;
+    sysctls(&plan.sysctls)?;
+
+    // The runtime's umask must not cut the modes of what is made for the container.
+    rustix::process::umask(Mode::empty());
+    let root = rootfs::attach_root(&plan.rootfs, child.early_root.take())?;
+    for (step, early) in plan.mounts.iter().zip(child.early) {
+        mount::apply(&root, step, early.as_ref())?;
+    }
+    if plan.dev.setup {
+        device::fill(&root, &plan.dev)?;
+    }
+    if process.terminal {
+        let pty = open_console(&root, process, child.channel)?;
+        device::mount_console(&root, &pty)?;
+        console::take(&pty)?;
+    }
+    rootfs::make_read_only(&root, plan)?;
+    rootfs::mask(&root, plan)?;
+    runtime_hooks(child)?;
+    rootfs::seal(&root, plan)?;
+    let labels = LabelFiles::open(process)?;
+    rootfs::enter(&root, &plan.rootfs)?;
+    drop(root);
+
+    let mut home = None;
+    if process.needs_home {
+        home = Some(program::home(process.uid));
+    }
+    identity::apply(process, &labels, child.channel)?;
+    let program = program::find(process)?;
+    identity::close_others(process)?;
+    exec::reset_signals().map_err(|error| Error::system("sigaction", "", error))?;
+    identity::load_filter_late(process, child.channel)?;
+    child.channel.report_ready()?;
+    child.channel.wait()?;
+    if let Some(gate) = child.gate {
+        crate::launch::gate::wait(gate)?;
+    }
+    start_hooks(child)?;
+    Err(execute(process, &program, home))
+}
+
+/// Joins the v1 hierarchies from inside: "0" is the writer itself.
+pub fn join_cgroup(tasks: &[OwnedFd]) -> Result<()> {
+    for file in tasks {
+        rustix::io::write(file, b"0")
+            .map_err(|error| Error::system("write", "the cgroup's tasks file", error))?;
+    }
+    Ok(())
+}
+
+/// Replaces this process by the program.
+pub fn execute(process: &ProcessPlan, program: &CString, home: Option<CString>) -> Error {
+    let error = match home {
+        None => exec::execve(program, &process.args, &process.env),
+        Some(home) => {
+            let mut all = process.env.strings().to_vec();
+            all.push(home);
+            exec::execve(program, &process.args, &exec::CStringArray::new(all))
+        }
+    };
+    Error::new(
+        Kind::Exec,
+        format!("exec {}", program.to_string_lossy()),
+        "",
+    )
+    .source(error)
+}
+
+pub fn new_session() -> Result<()> {
+    match rustix::process::setsid() {
+        // Leading a group already is as good: only a terminal would need more, and then says so.
+        Ok(_) | Err(Errno::PERM) => Ok(()),
+        Err(error) => Err(Error::system("setsid", "", error)),
+    }
+}
+
+/// Joins namespaces by path, all opened before the first is entered: a joined mount namespace
+/// would change what the other paths mean.
+pub fn join_namespaces(joins: &[JoinStep]) -> Result<()> {
+    let mut opened = Vec::with_capacity(joins.len());
+    for join in joins {
+        let path = join.path.to_string_lossy();
+        let fd = rustix::fs::open(&join.path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|error| Error::system("open namespace", path, error))?;
+        opened.push((join, fd));
+    }
+    for (join, fd) in opened {
+        // The pid namespace is the parent's to choose: it takes effect at the clone.
+        if join.kind == LinuxNamespaceType::Pid {
+            continue;
+        }
+        enter(&join.path, join.kind, &fd)?;
+    }
+    Ok(())
+}
+
+/// setns(2) with the type checked by the kernel.
+pub fn enter(path: &std::ffi::CStr, kind: LinuxNamespaceType, fd: &OwnedFd) -> Result<()> {
+    let link = match kind {
+        LinuxNamespaceType::Mount => LinkNameSpaceType::Mount,
+        LinuxNamespaceType::Cgroup => LinkNameSpaceType::ControlGroup,
+        LinuxNamespaceType::Uts => LinkNameSpaceType::HostNameAndNISDomainName,
+        LinuxNamespaceType::Ipc => LinkNameSpaceType::InterProcessCommunication,
+        LinuxNamespaceType::User => LinkNameSpaceType::User,
+        LinuxNamespaceType::Pid => LinkNameSpaceType::ProcessID,
+        LinuxNamespaceType::Network => LinkNameSpaceType::Network,
+        LinuxNamespaceType::Time => LinkNameSpaceType::Time,
+    };
+    rustix::thread::move_into_link_name_space(fd.as_fd(), Some(link))
+        .map_err(|error| Error::system(format!("setns({kind})"), path.to_string_lossy(), error))
+}
+
+/// Root of the user namespace: what the child makes is owned by it, and its capabilities count.
+pub fn become_root() -> Result<()> {
+    let (uid, gid) = (rustix::fs::Uid::ROOT, rustix::fs::Gid::ROOT);
+    // A caller who had to give up setgroups keeps its groups, which are unmapped.
+    let _ = rustix::thread::set_thread_groups(&[]);
+    rustix::thread::set_thread_res_gid(gid, gid, gid)
+        .map_err(|error| Error::system("setresgid", "0 in the user namespace", error))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+        .map_err(|error| Error::system("setresuid", "0 in the user namespace", error))
+}
+
+/// The cgroup namespace, whose root is the cgroup that this process is in by now, and the time
+/// namespace, whose offsets must be written before any process is in it.
+fn enter_late_namespaces(plan: &NamespacePlan) -> Result<()> {
+    let mut flags = UnshareFlags::empty();
+    if plan.new_cgroup {
+        flags |= UnshareFlags::NEWCGROUP;
+    }
+    if plan.new_time {
+        flags |= UnshareFlags::NEWTIME;
+    }
+    if flags.is_empty() {
+        return Ok(());
+    }
+    sys::unshare(flags.bits())
+        .map_err(|error| Error::system("unshare", format!("{flags:?}"), error))?;
+    if !plan.new_time {
+        return Ok(());
+    }
+    if let Some(offsets) = &plan.time_offsets {
+        std::fs::write("/proc/self/timens_offsets", offsets)
+            .map_err(|error| Error::system("write", "/proc/self/timens_offsets", error))?;
+    }
+    let path = c"/proc/self/ns/time_for_children";
+    let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| Error::system("open", "/proc/self/ns/time_for_children", error))?;
+    enter(path, LinuxNamespaceType::Time, &fd)
+}
+
+pub fn join_keyring(name: &CString) -> Result<()> {
+    match sys::join_session_keyring(name) {
+        // A kernel without keyrings has no keys to hide.
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        result => {
+            result.map_err(|error| Error::system("unable to join session keyring", "", error))
+        }
+    }
+}
+
+fn name_and_network(plan: &Plan) -> Result<()> {
+    if plan.namespaces.new_network {
+        network::loopback_up()
+            .map_err(|error| Error::system("bring up the loopback interface", "", error))?;
+    }
+    if let Some(name) = &plan.hostname {
+        rustix::system::sethostname(name)
+            .map_err(|error| Error::system("sethostname", String::from_utf8_lossy(name), error))?;
+    }
+    if let Some(name) = &plan.domainname {
+        rustix::system::setdomainname(name).map_err(|error| {
+            Error::system("setdomainname", String::from_utf8_lossy(name), error)
+        })?;
+    }
+    Ok(())
+}
+
+/// Through the host's /proc, which no image can have replaced; the files are those of the calling
+/// process's namespaces.
+fn sysctls(settings: &[(CString, Vec<u8>)]) -> Result<()> {
+    if settings.is_empty() {
+        return Ok(());
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let base = rustix::fs::open(c"/proc/sys", flags, Mode::empty())
+        .map_err(|error| Error::system("open", "/proc/sys", error))?;
+    for (path, value) in settings {
+        let fail = |call: &'static str| {
+            let name = format!("/proc/sys/{}", path.to_string_lossy());
+            move |error: Errno| Error::system(call, name, error)
+        };
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let file = rustix::fs::openat(&base, path, flags, Mode::empty()).map_err(fail("open"))?;
+        rustix::io::write(&file, value).map_err(fail("write"))?;
+    }
+    Ok(())
+}
+
+/// Opens the container's terminal and hands the master to the parent.
+pub fn open_console(root: &Root, process: &ProcessPlan, channel: &Channel) -> Result<OwnedFd> {
+    let pty = Pty::open(root)?;
+    if let Some((rows, columns)) = process.console_size {
+        pty.resize(rows, columns)?;
+    }
+    channel.report_console(pty.master.as_fd())?;
+    Ok(pty.slave)
+}
+
+#[allow(deprecated)]
+fn runtime_hooks(child: &Inheritance<'_>) -> Result<()> {
+    let hooks = &child.plan.hooks;
+    let any = |list: &Option<Vec<Hook>>| list.as_ref().is_some_and(|list| !list.is_empty());
+    if any(hooks.prestart()) || any(hooks.create_runtime()) {
+        child.channel.report_hooks()?;
+        child.channel.wait()?;
+    }
+    if let Some(list) = hooks.create_container() {
+        hooks::run(
+            "createContainer",
+            list,
+            &own_state(child),
+            Some(child.bundle),
+        )?;
+    }
+    Ok(())
+}
+
+fn start_hooks(child: &Inheritance<'_>) -> Result<()> {
+    match child.plan.hooks.start_container() {
+        Some(list) if !list.is_empty() => {
+            let mut state = own_state(child);
+            state.status = Status::Created;
+            hooks::run("startContainer", list, &state, None)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The state as this process sees it: its pid is the one in its own namespace.
+fn own_state(child: &Inheritance<'_>) -> State {
+    let mut state = child.state.clone();
+    state.pid = rustix::process::getpid().as_raw_nonzero().get();
+    state
+}

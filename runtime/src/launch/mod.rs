@@ -1,1 +1,611 @@
+//! The parent side: from a bundle to a container that waits for its last word.
+//!
+//! ```text
+//! probe, check, plan           nothing has happened yet
+//! begin (intent on disk)       from here every failure is undone
+//! cgroup -> clone3 -> maps, limits      (the child builds its root meanwhile)
+//! Ready -> record committed -> Launched --create--> the child waits at the gate
+//!                                       --run-----> the child executes
+//! ```
 
+pub mod channel;
+mod clone;
+mod early;
+pub mod foreground;
+pub mod gate;
+mod idmap;
+pub mod process;
+mod seccomp_agent;
+mod stage;
+mod undo;
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use coracle_oci::ContainerId;
+use coracle_oci::record::{ContainerRecord, IntentRecord, NamespaceRecord};
+use coracle_oci::spec::LinuxNamespaceType;
+use coracle_oci::state::{State, Status};
+use coracle_sys::clone::Side;
+
+use crate::bundle::Bundle;
+use crate::cgroup::{self, Cgroup, CgroupPlan, PlanOptions};
+use crate::cli::{GlobalArgs, Rootless};
+use crate::console::ConsoleSocket;
+use crate::error::{Error, Kind, Result};
+use crate::hooks;
+use crate::host::HostFacts;
+use crate::init::{self, Inheritance};
+use crate::plan::{Input, LaunchOptions, Plan, namespace_file};
+use crate::seccomp;
+use crate::spec::CheckedSpec;
+use crate::state::{Entry, Intent, Store, process_start_time};
+
+use channel::{Channel, Report};
+use undo::Undo;
+
+pub use clone::clone;
+
+/// What `create` and `run` ask for.
+#[derive(Debug)]
+pub struct Request<'a> {
+    pub id: ContainerId,
+    pub bundle: Bundle,
+    pub global: &'a GlobalArgs,
+    pub options: LaunchOptions,
+    pub console_socket: Option<&'a Path>,
+    pub pidfd_socket: Option<&'a Path>,
+    pub pid_file: Option<&'a Path>,
+    /// The runtime stays and bridges the terminal itself.
+    pub foreground: bool,
+}
+
+/// A container on record whose init has one step left.
+#[derive(Debug)]
+pub struct Launched {
+    pub record: ContainerRecord,
+    pub plan: Plan,
+    pub state: State,
+    pub entry: Entry,
+    pub cgroup: Cgroup,
+    pub pidfd: OwnedFd,
+    /// The terminal, unless it went to a console socket.
+    pub master: Option<OwnedFd>,
+    channel: Channel,
+}
+
+/// Everything that is decided before the first side effect.
+struct Prepared {
+    host: HostFacts,
+    plan: Plan,
+    cgroup_plan: CgroupPlan,
+    state: State,
+    record: ContainerRecord,
+    console: Option<ConsoleSocket>,
+    pidfd_socket: Option<ConsoleSocket>,
+    config: Vec<u8>,
+}
+
+/// Makes the container.
+///
+/// # Errors
+/// Anything; nothing is left behind then.
+pub fn launch(request: Request<'_>) -> Result<Launched> {
+    let pid_file = request.pid_file.map(Path::to_owned);
+    let store = Store::open(&request.global.root);
+    let prepared = prepare(request)?;
+    let intent = store.begin(&IntentRecord {
+        id: prepared.record.id.clone(),
+        bundle: prepared.record.bundle.clone(),
+        cgroup: prepared.record.cgroup.clone(),
+        pids: Vec::new(),
+        mounts: Vec::new(),
+    })?;
+    let mut undo = Undo::default();
+    match start(prepared, &intent, &mut undo, pid_file.as_deref()) {
+        Ok(started) => Ok(started.with_entry(intent.finish())),
+        Err(error) => Err(undo.run(intent, error)),
+    }
+}
+
+fn prepare(request: Request<'_>) -> Result<Prepared> {
+    let host = HostFacts::probe()?;
+    let spec = CheckedSpec::check(&request.bundle.config, &host)?;
+    let config = spec.spec();
+    check_terminal(&spec, &request)?;
+    let rootless = match request.global.rootless {
+        Rootless::True => true,
+        Rootless::False => false,
+        Rootless::Auto => !host.is_root(),
+    };
+    let cgroup_options = PlanOptions {
+        systemd_cgroup: request.global.systemd_cgroup,
+        rootless,
+    };
+    let cgroup_plan = cgroup::plan(config, &request.id, &host.cgroup, cgroup_options)?;
+    let cgroup_record = cgroup_plan.record();
+    let mut plan = Plan::new(Input {
+        id: &request.id,
+        bundle: &request.bundle.directory,
+        spec: &spec,
+        host: &host,
+        cgroup: &cgroup_record,
+        options: &request.options,
+    })?;
+    check_rootfs(&plan.rootfs.path)?;
+    if let Some(profile) = config
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.seccomp().as_ref())
+    {
+        plan.process.seccomp = Some(seccomp::cache::load_or_compile(
+            &request.global.root,
+            profile,
+            seccomp::Abi::native(),
+        )?);
+    }
+    let connect = |path: Option<&Path>| path.map(ConsoleSocket::connect).transpose();
+    let annotations: BTreeMap<String, String> = config
+        .annotations()
+        .clone()
+        .unwrap_or_default()
+        .into_iter()
+        .collect();
+    let state = State {
+        oci_version: config.version().clone(),
+        id: request.id.as_str().to_owned(),
+        status: Status::Creating,
+        pid: 0,
+        bundle: request.bundle.directory.to_string_lossy().into_owned(),
+        annotations: annotations.clone(),
+    };
+    let record = ContainerRecord {
+        oci_version: config.version().clone(),
+        bundle: request.bundle.directory.clone(),
+        rootfs: plan.rootfs.path.clone(),
+        init_pid: 0,
+        init_start_time: 0,
+        created: String::new(),
+        owner: owner(host.euid),
+        annotations,
+        cgroup: cgroup_record,
+        namespaces: Vec::new(),
+        private_pid_namespace: plan.namespaces.new_pid,
+        rootless_cgroups: rootless,
+        id: request.id,
+    };
+    Ok(Prepared {
+        console: connect(request.console_socket)?,
+        pidfd_socket: connect(request.pidfd_socket)?,
+        config: request.bundle.config,
+        host,
+        plan,
+        cgroup_plan,
+        state,
+        record,
+    })
+}
+
+fn check_terminal(spec: &CheckedSpec, request: &Request<'_>) -> Result<()> {
+    let terminal = spec
+        .spec()
+        .process()
+        .as_ref()
+        .is_some_and(|process| process.terminal().unwrap_or(false));
+    terminal_fits(
+        terminal,
+        request.foreground,
+        request.console_socket.is_some(),
+    )
+}
+
+/// A terminal has to have somebody at its other end.
+pub fn terminal_fits(terminal: bool, foreground: bool, console_socket: bool) -> Result<()> {
+    if terminal && !foreground && !console_socket {
+        return Err(Error::invalid(
+            "cannot allocate tty if runc will detach without setting console socket",
+        ));
+    }
+    if console_socket && (!terminal || foreground) {
+        return Err(Error::invalid(
+            "cannot use console socket if runc will not detach or allocate tty",
+        ));
+    }
+    Ok(())
+}
+
+fn check_rootfs(path: &Path) -> Result<()> {
+    match rustix::fs::stat(path) {
+        Ok(stat)
+            if rustix::fs::FileType::from_raw_mode(stat.st_mode)
+                == rustix::fs::FileType::Directory =>
+        {
+            Ok(())
+        }
+        Ok(_) => Err(Error::invalid(format!(
+            "rootfs ({}) is not a directory",
+            path.display()
+        ))),
+        Err(rustix::io::Errno::NOENT) => Err(Error::new(
+            Kind::NotFound,
+            format!(
+                "invalid rootfs: stat {}: no such file or directory",
+                path.display()
+            ),
+            "",
+        )),
+        Err(error) => Err(Error::system(
+            "invalid rootfs: stat",
+            path.display().to_string(),
+            error,
+        )),
+    }
+}
+
+fn owner(uid: u32) -> String {
+    if uid == 0 {
+        return "root".to_owned();
+    }
+    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid));
+    user.ok()
+        .flatten()
+        .map_or_else(|| uid.to_string(), |user| user.name)
+}
+
+/// A started child and what belongs to it, before its directory is unlocked.
+struct Started {
+    record: ContainerRecord,
+    plan: Plan,
+    state: State,
+    cgroup: Cgroup,
+    pidfd: OwnedFd,
+    master: Option<OwnedFd>,
+    channel: Channel,
+}
+
+impl Started {
+    fn with_entry(self, entry: Entry) -> Launched {
+        Launched {
+            record: self.record,
+            plan: self.plan,
+            state: self.state,
+            entry,
+            cgroup: self.cgroup,
+            pidfd: self.pidfd,
+            master: self.master,
+            channel: self.channel,
+        }
+    }
+}
+
+fn start(
+    prepared: Prepared,
+    intent: &Intent,
+    undo: &mut Undo,
+    pid_file: Option<&Path>,
+) -> Result<Started> {
+    let Prepared {
+        host,
+        plan,
+        cgroup_plan,
+        mut state,
+        mut record,
+        console,
+        ..
+    } = prepared;
+    undo.cgroup = Some(Cgroup::open(&record.cgroup));
+    let cgroup = cgroup_plan.create()?;
+    record.cgroup = cgroup.record();
+    let gate = plan
+        .gated
+        .then(|| gate::create(intent.entry()))
+        .transpose()?;
+    let (channel, theirs) = Channel::pair()?;
+    let child = Child {
+        plan: &plan,
+        host: &host,
+        state: &state,
+        bundle: &record.bundle,
+        gate: gate.as_ref(),
+    };
+    let (channel, pid, pidfd) = child.make(channel, theirs, &cgroup, undo)?;
+    drop(gate);
+
+    state.pid = pid;
+    if plan.namespaces.waits_for_maps() {
+        let maps = idmap::Maps {
+            uid: &plan.namespaces.uid_map,
+            gid: &plan.namespaces.gid_map,
+            setgroups: plan.namespaces.setgroups_allowed,
+        };
+        idmap::write(pid, maps, &host)?;
+        channel.proceed()?;
+    }
+    cgroup.apply_limits(&cgroup_plan)?;
+    if let Some(adjustment) = plan.process.oom_score_adj {
+        process::set_oom_score_adj(pid, adjustment)?;
+    }
+    undo.poststop(&plan, &state);
+    let mut conversation = Conversation {
+        channel: &channel,
+        plan: &plan,
+        state: &state,
+        console,
+        master: None,
+    };
+    conversation.until_ready(&record.bundle, pid)?;
+    let master = conversation.master;
+
+    process::set_limits(pid, &plan.process.rlimits)?;
+    record.init_pid = pid;
+    record.init_start_time = process_start_time(pid)?;
+    record.created = coracle_oci::time::rfc3339_nano(std::time::SystemTime::now());
+    record.namespaces = namespaces(&plan, pid);
+    intent.commit(&record, &prepared.config)?;
+    if let Some(socket) = prepared.pidfd_socket {
+        socket.send(pidfd.as_fd(), b"pidfd")?;
+    }
+    if let Some(path) = pid_file {
+        write_pid_file(path, pid)?;
+    }
+    Ok(Started {
+        record,
+        plan,
+        state,
+        cgroup,
+        pidfd,
+        master,
+        channel,
+    })
+}
+
+/// The namespaces of the container that differ from the host's, as exec joins them.
+fn namespaces(plan: &Plan, pid: i32) -> Vec<NamespaceRecord> {
+    use LinuxNamespaceType::{Cgroup, Ipc, Mount, Network, Pid, Time, User, Uts};
+    let namespaces = &plan.namespaces;
+    [User, Ipc, Uts, Network, Pid, Mount, Cgroup, Time]
+        .into_iter()
+        .filter(|kind| {
+            namespaces.joins.iter().any(|join| join.kind == *kind)
+                || namespaces.clone_flags & crate::plan::namespace_flag(*kind) != 0
+                || (*kind == Cgroup && namespaces.new_cgroup)
+                || (*kind == Time && namespaces.new_time)
+        })
+        .map(|kind| NamespaceRecord {
+            kind: namespace_file(kind).to_owned(),
+            path: PathBuf::from(format!("/proc/{pid}/ns/{}", namespace_file(kind))),
+        })
+        .collect()
+}
+
+/// Written beside and renamed: a reader that sees the file sees the whole number.
+pub fn write_pid_file(path: &Path, pid: i32) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = path.with_file_name(format!(".{name}"));
+    std::fs::write(&temporary, pid.to_string())
+        .and_then(|()| std::fs::rename(&temporary, path))
+        .map_err(|error| Error::system("write pid file", path.display().to_string(), error))
+}
+
+/// What the clone needs.
+struct Child<'a> {
+    plan: &'a Plan,
+    host: &'a HostFacts,
+    state: &'a State,
+    bundle: &'a Path,
+    gate: Option<&'a OwnedFd>,
+}
+
+impl Child<'_> {
+    /// Clones the container's init: at once, or by way of the stage.
+    fn make(
+        &self,
+        mine: Channel,
+        theirs: Channel,
+        cgroup: &Cgroup,
+        undo: &mut Undo,
+    ) -> Result<(Channel, i32, OwnedFd)> {
+        let namespaces = &self.plan.namespaces;
+        let early = early::trees(self.plan, self.host)?;
+        let early_root = early::root(self.plan)?;
+        let target = cgroup.clone_into()?;
+        let joins = cgroup.self_join()?;
+        let staged = namespaces.needs_stage();
+        let flags = if staged { 0 } else { namespaces.clone_flags };
+        let restore = if staged {
+            None
+        } else {
+            enter_pid_namespace(self.plan)?
+        };
+        let side = clone(flags, target.as_ref().map(AsFd::as_fd))?;
+        if let Side::Child = side {
+            // The parent's end: with a copy of it open here, its death would go unnoticed.
+            drop(mine);
+            if let Err(error) = init::join_cgroup(&joins) {
+                let _ = theirs.report_failure(&error);
+                coracle_sys::clone::exit_now(1)
+            }
+            if staged {
+                let stage::Staged::Init = stage::run(namespaces, &theirs);
+            }
+            init::run(Inheritance {
+                plan: self.plan,
+                state: self.state,
+                bundle: self.bundle,
+                channel: &theirs,
+                early: &early,
+                early_root,
+                gate: self.gate,
+                staged,
+            })
+        }
+        let Side::Parent { pid, pidfd } = side else {
+            return Err(Error::new(
+                Kind::Internal,
+                "clone returned to neither side",
+                "",
+            ));
+        };
+        if let Some(own) = restore {
+            init::enter(c"/proc/self/ns/pid", LinuxNamespaceType::Pid, &own)?;
+        }
+        drop(theirs);
+        let (pid, pidfd) = if staged {
+            let cloned = mine.next();
+            process::reap(pid)?;
+            match cloned? {
+                Report::Cloned(pid, pidfd) => (pid, pidfd),
+                Report::Failed(error) => return Err(error),
+                _ => {
+                    return Err(Error::new(
+                        Kind::Internal,
+                        "the stage ended without a report",
+                        "",
+                    ));
+                }
+            }
+        } else {
+            (pid, pidfd)
+        };
+        let (pid, pidfd) = undo.child(pid, pidfd)?;
+        Ok((mine, pid, pidfd))
+    }
+}
+
+/// A joined pid namespace takes effect for children only, so the parent is the one to enter it.
+/// Gives back its own, to be entered again after the clone: hooks are not the container's.
+fn enter_pid_namespace(plan: &Plan) -> Result<Option<OwnedFd>> {
+    let Some(join) = plan
+        .namespaces
+        .joins
+        .iter()
+        .find(|j| j.kind == LinuxNamespaceType::Pid)
+    else {
+        return Ok(None);
+    };
+    let open = |path: &std::ffi::CStr| {
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, rustix::fs::Mode::empty())
+            .map_err(|error| Error::system("open namespace", path.to_string_lossy(), error))
+    };
+    let own = open(c"/proc/self/ns/pid")?;
+    init::enter(&join.path, join.kind, &open(&join.path)?)?;
+    Ok(Some(own))
+}
+
+/// The parent's half of the talk with the child.
+struct Conversation<'a> {
+    channel: &'a Channel,
+    plan: &'a Plan,
+    state: &'a State,
+    console: Option<ConsoleSocket>,
+    master: Option<OwnedFd>,
+}
+
+impl Conversation<'_> {
+    fn until_ready(&mut self, bundle: &Path, pid: i32) -> Result<()> {
+        loop {
+            match self.channel.next()? {
+                Report::Ready => return Ok(()),
+                Report::Hooks => {
+                    self.hooks(bundle)?;
+                    self.channel.proceed()?;
+                }
+                Report::Console(master) => match &self.console {
+                    Some(socket) => socket.send(master.as_fd(), b"/dev/ptmx")?,
+                    None => self.master = Some(master),
+                },
+                Report::Listener(listener) => {
+                    if let Some(filter) = &self.plan.process.seccomp {
+                        seccomp_agent::send(filter, &listener, pid, self.state)?;
+                    }
+                }
+                Report::Failed(error) => return Err(in_init(error)),
+                Report::Cloned(..) => {
+                    return Err(Error::new(
+                        Kind::Internal,
+                        "unexpected report of a clone",
+                        "",
+                    ));
+                }
+                Report::Closed => {
+                    return Err(Error::new(
+                        Kind::System,
+                        "container init exited prematurely",
+                        "",
+                    ));
+                }
+            }
+        }
+    }
+
+    #[allow(deprecated)]
+    fn hooks(&self, bundle: &Path) -> Result<()> {
+        let hooks = &self.plan.hooks;
+        for (point, list) in [
+            ("prestart", hooks.prestart()),
+            ("createRuntime", hooks.create_runtime()),
+        ] {
+            hooks::run(
+                point,
+                list.as_deref().unwrap_or_default(),
+                self.state,
+                Some(bundle),
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// runc's words for a failure inside the container; the program's own keep to themselves.
+pub fn in_init(error: Error) -> Error {
+    if error.kind() == Kind::Exec {
+        return error;
+    }
+    error.context("error during container init")
+}
+
+impl Launched {
+    /// Lets the init go: to the gate, or to its program.
+    ///
+    /// # Errors
+    /// The init is gone.
+    pub fn release(&self) -> Result<()> {
+        self.channel.proceed()
+    }
+
+    /// Waits until the program has been executed.
+    ///
+    /// # Errors
+    /// It could not be.
+    pub fn until_executed(&self) -> Result<()> {
+        match self.channel.next()? {
+            Report::Closed => Ok(()),
+            Report::Failed(error) => Err(error),
+            _ => Err(Error::new(Kind::Internal, "unexpected report at exec", "")),
+        }
+    }
+
+    /// Kills the init, whatever it is doing, and reaps it.
+    ///
+    /// # Errors
+    /// It is no child of this process any more.
+    pub fn end(&self) -> Result<()> {
+        process::end(self.record.init_pid, self.pidfd.as_fd())
+    }
+
+    /// Ends the container and forgets it; collects what fails on the way.
+    ///
+    /// # Errors
+    /// Every failure, joined.
+    pub fn destroy(&self) -> Result<()> {
+        undo::destroy(
+            &self.record,
+            &self.cgroup,
+            &self.entry,
+            &self.plan.hooks,
+            &self.state,
+        )
+    }
+}

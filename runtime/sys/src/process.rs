@@ -96,3 +96,25 @@ pub fn place_fd(fd: &OwnedFd, target: RawFd) -> io::Result<()> {
     let result = unsafe { libc::dup2(fd.as_raw_fd(), target) };
     check(libc::c_long::from(result)).map(drop)
 }
+
+/// Leaves namespaces for new ones.
+///
+/// # Errors
+/// Those of unshare(2), and EINVAL for anything but CLONE_NEW* flags: unsharing the fd table or
+/// the address space would break what owners of fds rely on.
+pub fn unshare(namespaces: u32) -> io::Result<()> {
+    const NEW_TIME: u32 = 0x80;
+    const NAMESPACES: u32 = NEW_TIME
+        | (libc::CLONE_NEWNS
+            | libc::CLONE_NEWCGROUP
+            | libc::CLONE_NEWUTS
+            | libc::CLONE_NEWIPC
+            | libc::CLONE_NEWUSER
+            | libc::CLONE_NEWPID
+            | libc::CLONE_NEWNET) as u32;
+    if namespaces & !NAMESPACES != 0 {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: a plain integer; only namespaces change, none of which memory safety rests on.
+    check(unsafe { libc::syscall(libc::SYS_unshare, namespaces) }).map(drop)
+}

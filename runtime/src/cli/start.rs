@@ -1,0 +1,58 @@
+//! `start`: lets the program of a created container begin.
+
+use std::process::ExitCode;
+
+use coracle_oci::ContainerId;
+use coracle_oci::spec::Hook;
+use coracle_oci::state::{State, Status};
+
+use super::GlobalArgs;
+use crate::error::{Error, Result};
+use crate::hooks;
+use crate::launch::gate;
+use crate::state::{Decision, Request, Store, decide, is_alive, status};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// the name of the container
+    #[arg(value_name = "container-id")]
+    id: String,
+}
+
+pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
+    let id = ContainerId::parse(&args.id).map_err(|error| Error::invalid(error.to_string()))?;
+    let entry = Store::open(&global.root).entry(&id)?;
+    let lock = entry.lock()?;
+    let record = entry.record()?;
+    match decide(status(&record, entry.path())?, Request::Start) {
+        Decision::Do => {}
+        Decision::AlreadyDone => return Ok(ExitCode::SUCCESS),
+        Decision::Deny(reason) => return Err(reason.error(&id)),
+    }
+    gate::open(&entry, is_alive(record.init()))?;
+    drop(lock);
+    let hooks = poststart(&entry.config()?)?;
+    hooks::run(
+        "poststart",
+        &hooks,
+        &State::new(&record, Status::Running),
+        Some(&record.bundle),
+    )?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A config without the word has no such hooks: most are not parsed again.
+fn poststart(config: &[u8]) -> Result<Vec<Hook>> {
+    let word = b"\"poststart\"";
+    if !config.windows(word.len()).any(|window| window == word) {
+        return Ok(Vec::new());
+    }
+    let parsed = coracle_oci::config::parse(config)
+        .map_err(|error| Error::new(crate::Kind::Invalid, "", "").source(error))?;
+    let hooks = parsed
+        .spec
+        .hooks()
+        .as_ref()
+        .and_then(|hooks| hooks.poststart().clone());
+    Ok(hooks.unwrap_or_default())
+}

@@ -1,0 +1,286 @@
+//! Who the program is and what it may do: scheduling, capabilities, ids, directory, and last the
+//! seccomp filter. Used by the init of a container and by exec alike.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use coracle_sys::{exec, process as sys};
+use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
+use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use crate::error::{Error, Result};
+use crate::launch::channel::Channel;
+use crate::plan::ProcessPlan;
+use crate::plan::process::CapabilityMasks;
+
+/// What the kernel knows of security modules' labels, opened while the host's /proc is there.
+#[derive(Debug, Default)]
+pub struct LabelFiles {
+    selinux: Option<OwnedFd>,
+    apparmor: Option<OwnedFd>,
+}
+
+impl LabelFiles {
+    /// Opens the files that the plan will write.
+    pub fn open(plan: &ProcessPlan) -> Result<Self> {
+        let open = |path: &str| {
+            rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+                .map_err(|error| Error::system("open", path, error))
+        };
+        Ok(Self {
+            selinux: plan
+                .selinux_label
+                .as_ref()
+                .map(|_| open("/proc/thread-self/attr/exec"))
+                .transpose()?,
+            apparmor: plan
+                .apparmor_profile
+                .as_ref()
+                .map(|_| {
+                    open("/proc/thread-self/attr/apparmor/exec")
+                        .or_else(|_| open("/proc/thread-self/attr/exec"))
+                })
+                .transpose()?,
+        })
+    }
+
+    fn write(&self, plan: &ProcessPlan) -> Result<()> {
+        for (file, label, what) in [
+            (&self.selinux, &plan.selinux_label, "selinux label"),
+            (&self.apparmor, &plan.apparmor_profile, "apparmor profile"),
+        ] {
+            if let (Some(file), Some(label)) = (file, label) {
+                rustix::io::write(file, label).map_err(|error| {
+                    Error::system(
+                        format!("unable to apply {what}"),
+                        String::from_utf8_lossy(label),
+                        error,
+                    )
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes on the identity. On return only [`load_filter`] and exec are left.
+pub fn apply(plan: &ProcessPlan, labels: &LabelFiles, channel: &Channel) -> Result<()> {
+    if let Some(persona) = plan.personality {
+        sys::set_personality(persona)
+            .map_err(|error| Error::system("personality", format!("{persona:#x}"), error))?;
+    }
+    if let Some(attributes) = &plan.scheduler {
+        sys::set_scheduler(attributes)
+            .map_err(|error| Error::system("error setting scheduler", "", error))?;
+    }
+    if let Some((class, priority)) = plan.io_priority {
+        sys::set_io_priority(class, priority)
+            .map_err(|error| Error::system("failed to set io priority", "", error))?;
+    }
+    if let Some(cpus) = &plan.final_affinity {
+        set_affinity(cpus)?;
+    }
+    labels.write(plan)?;
+    if plan.no_new_privileges {
+        rustix::thread::set_no_new_privs(true)
+            .map_err(|error| Error::system("prctl(PR_SET_NO_NEW_PRIVS)", "", error))?;
+    } else {
+        // Without no_new_privs a filter needs CAP_SYS_ADMIN, which is about to go.
+        load_filter(plan, channel)?;
+    }
+    drop_bounding(plan.capabilities.bounding)?;
+    stdio_to(plan.uid)?;
+    // A directory that only root may enter is reached now; one that only the user may enter, on a
+    // network file system say, below.
+    let there = rustix::process::chdir(&plan.cwd).is_ok();
+    // The capabilities survive the change of ids, and are cut to the wanted ones after it.
+    rustix::thread::set_keep_capabilities(true)
+        .map_err(|error| Error::system("prctl(PR_SET_KEEPCAPS)", "", error))?;
+    set_ids(plan)?;
+    rustix::process::umask(Mode::from_raw_mode(plan.umask.unwrap_or(0o022)));
+    change_directory(plan, there)?;
+    set_capabilities(&plan.capabilities)
+}
+
+pub fn set_affinity(cpus: &[usize]) -> Result<()> {
+    let mut set = rustix::thread::CpuSet::new();
+    for cpu in cpus {
+        set.set(*cpu);
+    }
+    rustix::thread::sched_setaffinity(None, &set)
+        .map_err(|error| Error::system("sched_setaffinity", format!("{cpus:?}"), error))
+}
+
+/// Loads the filter now that no_new_privs is on; the plan without it has loaded it before.
+pub fn load_filter_late(plan: &ProcessPlan, channel: &Channel) -> Result<()> {
+    if plan.no_new_privileges {
+        load_filter(plan, channel)
+    } else {
+        Ok(())
+    }
+}
+
+fn load_filter(plan: &ProcessPlan, channel: &Channel) -> Result<()> {
+    let Some(filter) = &plan.seccomp else {
+        return Ok(());
+    };
+    let listener = coracle_sys::seccomp::set_filter(&filter.program, filter.flags)
+        .map_err(|error| Error::system("unable to init seccomp", "", error))?;
+    match listener {
+        Some(listener) => channel.report_listener(listener.as_fd()),
+        None => Ok(()),
+    }
+}
+
+/// Drops what is not wanted from the bounding set.
+fn drop_bounding(wanted: u64) -> Result<()> {
+    for number in 0..64 {
+        let bit = 1u64 << number;
+        if wanted & bit != 0 {
+            continue;
+        }
+        match rustix::thread::remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(
+            bit,
+        )) {
+            Ok(()) => {}
+            // The first number beyond the kernel's last capability.
+            Err(Errno::INVAL) => break,
+            // An exec in a user namespace joined without CAP_SETPCAP has nothing to drop.
+            Err(error) => {
+                return Err(Error::system(
+                    "prctl(PR_CAPBSET_DROP)",
+                    number.to_string(),
+                    error,
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Lets the program's user reopen its own stdio through /proc/self/fd.
+fn stdio_to(uid: u32) -> Result<()> {
+    if uid == 0 {
+        return Ok(());
+    }
+    let stdio = [
+        rustix::stdio::stdin(),
+        rustix::stdio::stdout(),
+        rustix::stdio::stderr(),
+    ];
+    for file in stdio {
+        let Ok(stat) = rustix::fs::fstat(file) else {
+            continue;
+        };
+        let null = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+            && stat.st_rdev == rustix::fs::makedev(1, 3);
+        if stat.st_uid == uid || null {
+            continue;
+        }
+        match rustix::fs::fchown(file, Some(Uid::from_raw(uid)), None) {
+            // Sockets without an inode of their own, read-only mounts, ids that are not mapped.
+            Ok(()) | Err(Errno::INVAL | Errno::PERM | Errno::ROFS | Errno::ACCESS) => {}
+            Err(error) => return Err(Error::system("fchown", "stdio", error)),
+        }
+    }
+    Ok(())
+}
+
+fn set_ids(plan: &ProcessPlan) -> Result<()> {
+    if plan.setgroups {
+        let groups: Vec<Gid> = plan.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+        rustix::thread::set_thread_groups(&groups)
+            .map_err(|error| Error::system("setgroups", format!("{:?}", plan.groups), error))?;
+    } else if !plan.groups.is_empty() {
+        return Err(Error::unsupported(
+            "cannot set any additional groups in a rootless container",
+        ));
+    }
+    let gid = Gid::from_raw(plan.gid);
+    rustix::thread::set_thread_res_gid(gid, gid, gid)
+        .map_err(|error| unmapped("gid", plan.gid, error))?;
+    let uid = Uid::from_raw(plan.uid);
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+        .map_err(|error| unmapped("uid", plan.uid, error))
+}
+
+fn unmapped(what: &str, id: u32, error: Errno) -> Error {
+    match error {
+        Errno::INVAL => Error::invalid(format!(
+            "cannot set {what} to unmapped user in user namespace: {id}"
+        )),
+        error => Error::system(format!("setres{what}"), id.to_string(), error),
+    }
+}
+
+/// Is in the program's directory, as its user if root could not get there, and makes sure that it is one of the
+/// container's: an fd that leaked could otherwise name a host directory (CVE-2024-21626).
+fn change_directory(plan: &ProcessPlan, there: bool) -> Result<()> {
+    let name = || plan.cwd.to_string_lossy().into_owned();
+    if !there {
+        rustix::process::chdir(&plan.cwd).map_err(|error| {
+            let subject = format!("({:?}) set in config.json failed", name());
+            Error::system("chdir to cwd", subject, error)
+        })?;
+    }
+    let verify = |ok: bool| {
+        if ok {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            "current working directory is outside of container mount namespace root -- possible container breakout detected",
+        ))
+    };
+    match rustix::process::getcwd(Vec::new()) {
+        Ok(path) => verify(path.as_bytes().first() == Some(&b'/')),
+        Err(Errno::NOENT) => verify(false),
+        Err(error) => Err(Error::system("getcwd", name(), error)),
+    }
+}
+
+fn set_capabilities(masks: &CapabilityMasks) -> Result<()> {
+    let set = CapabilitySet::from_bits_retain;
+    // What this process does not hold cannot be given: runc's and the spec's "ignore".
+    let held = rustix::thread::capabilities(None)
+        .map_err(|error| Error::system("capget", "", error))?
+        .permitted
+        .bits();
+    let permitted = masks.permitted & held;
+    let sets = CapabilitySets {
+        effective: set(masks.effective & permitted),
+        permitted: set(permitted),
+        inheritable: set(masks.inheritable & held & masks.bounding),
+    };
+    rustix::thread::set_capabilities(None, sets)
+        .map_err(|error| Error::system("capset", "", error))?;
+    rustix::thread::clear_ambient_capability_set()
+        .or_else(|error| {
+            if error == Errno::INVAL {
+                Ok(())
+            } else {
+                Err(error)
+            }
+        })
+        .map_err(|error| Error::system("prctl(PR_CAP_AMBIENT_CLEAR_ALL)", "", error))?;
+    // The kernel holds ambient within permitted and inheritable.
+    let ambient = masks.ambient & permitted & masks.inheritable & masks.bounding;
+    for number in 0..64 {
+        let bit = 1u64 << number;
+        if ambient & bit != 0 {
+            rustix::thread::configure_capability_in_ambient_set(set(bit), true).map_err(
+                |error| Error::system("prctl(PR_CAP_AMBIENT_RAISE)", number.to_string(), error),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// Everything above stdio closes at exec but for what the caller passed down.
+pub fn close_others(plan: &ProcessPlan) -> Result<()> {
+    for fd in 3..plan.first_closed_fd {
+        exec::keep_over_exec(fd)
+            .map_err(|error| Error::system("unable to preserve fd", fd.to_string(), error))?;
+    }
+    exec::close_on_exec_from(plan.first_closed_fd)
+        .map_err(|error| Error::system("close_range(CLOSE_RANGE_CLOEXEC)", "", error))
+}

@@ -1,0 +1,198 @@
+//! Paths inside the container's root, by file descriptor only.
+//!
+//! Every look-up is one openat2(2) with RESOLVE_IN_ROOT: symlinks of the image cannot leave the
+//! root, and a racing rename gives EAGAIN, not an escape (CVE-2021-30465, CVE-2024-45310).
+
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+
+/// How often a look-up that raced with a rename is tried again.
+const RACE_RETRIES: u32 = 128;
+
+/// What has to be at a mount target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TargetType {
+    Directory,
+    File,
+}
+
+/// The root of a container as a file descriptor.
+#[derive(Debug)]
+pub struct Root {
+    fd: OwnedFd,
+}
+
+impl Root {
+    pub fn new(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    fn open_with(&self, path: &CStr, flags: OFlags, extra: ResolveFlags) -> Result<OwnedFd, Errno> {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | extra;
+        let flags = flags | OFlags::CLOEXEC;
+        let mut tries = 0;
+        loop {
+            match rustix::fs::openat2(&self.fd, path, flags, Mode::empty(), resolve) {
+                Err(Errno::AGAIN | Errno::INTR) if tries < RACE_RETRIES => tries += 1,
+                result => return result,
+            }
+        }
+    }
+
+    /// A handle on what the path names, symlinks followed inside the root.
+    pub fn find(&self, path: &CStr) -> Result<OwnedFd, Errno> {
+        self.open_with(path, OFlags::PATH, ResolveFlags::empty())
+    }
+
+    /// Like [`Root::find`], but no component may be a symlink.
+    pub fn find_without_symlinks(&self, path: &CStr) -> Result<OwnedFd, Errno> {
+        self.open_with(path, OFlags::PATH, ResolveFlags::NO_SYMLINKS)
+    }
+
+    /// Opens a file of the container for use.
+    pub fn open(&self, path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
+        self.open_with(path, flags, ResolveFlags::empty())
+    }
+
+    /// The directory, made with its parents where missing.
+    pub fn make_directory(&self, path: &CStr, mode: u32) -> Result<OwnedFd> {
+        match self.find(path) {
+            Err(Errno::NOENT) => {}
+            found => return found.map_err(|error| at("openat2", path, error)),
+        }
+        let mut parent: Option<OwnedFd> = None;
+        let mut prefix: Vec<u8> = Vec::new();
+        for part in path.to_bytes().split(|byte| *byte == b'/') {
+            if part.is_empty() || part == b"." {
+                continue;
+            }
+            if !prefix.is_empty() {
+                prefix.push(b'/');
+            }
+            prefix.extend_from_slice(part);
+            let so_far = CString::new(prefix.clone())
+                .map_err(|_| Error::invalid("path contains a NUL byte"))?;
+            parent = Some(match self.find(&so_far) {
+                Ok(found) => found,
+                Err(Errno::NOENT) => self.make_one(parent.as_ref(), part, &so_far, mode)?,
+                Err(error) => return Err(at("openat2", &so_far, error)),
+            });
+        }
+        parent.map_or_else(
+            || self.find(c".").map_err(|error| at("openat2", c".", error)),
+            Ok,
+        )
+    }
+
+    fn make_one(
+        &self,
+        parent: Option<&OwnedFd>,
+        name: &[u8],
+        path: &CStr,
+        mode: u32,
+    ) -> Result<OwnedFd> {
+        let parent = parent.unwrap_or(&self.fd);
+        match rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(mode)) {
+            // A dangling symlink is there: opening it below says so, and nothing is made where
+            // it points.
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(at("mkdirat", path, error)),
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::openat(parent, name, flags, Mode::empty())
+            .map_err(|error| at("openat(O_NOFOLLOW)", path, error))
+    }
+
+    /// A place to mount on: what is there, or what had to be made.
+    pub fn mount_target(&self, path: &CStr, want: TargetType) -> Result<OwnedFd> {
+        match self.find(path) {
+            Err(Errno::NOENT) => {}
+            found => return found.map_err(|error| at("openat2", path, error)),
+        }
+        if want == TargetType::Directory {
+            return self.make_directory(path, 0o755);
+        }
+        let bytes = path.to_bytes();
+        let slash = bytes.iter().rposition(|byte| *byte == b'/');
+        let (parent, name) = match slash {
+            Some(slash) => (&bytes[..slash], &bytes[slash + 1..]),
+            None => (&b"."[..], bytes),
+        };
+        let parent =
+            CString::new(parent).map_err(|_| Error::invalid("path contains a NUL byte"))?;
+        let parent = self.make_directory(&parent, 0o755)?;
+        let flags =
+            OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::WRONLY | OFlags::CLOEXEC;
+        match rustix::fs::openat(&parent, name, flags, Mode::from_raw_mode(0o644)) {
+            Ok(_) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(at("openat(O_CREAT)", path, error)),
+        }
+        self.find(path).map_err(|error| at("openat2", path, error))
+    }
+}
+
+/// An error about a path of the container.
+pub fn at(call: &'static str, path: &CStr, error: Errno) -> Error {
+    Error::system(call, format!("/{}", path.to_string_lossy()), error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn root(directory: &std::path::Path) -> Root {
+        Root::new(
+            rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap(),
+        )
+    }
+
+    #[test]
+    fn symlinks_never_leave_the_root() {
+        let outside = tempfile::tempdir().unwrap();
+        let inside = tempfile::tempdir().unwrap();
+        symlink(outside.path(), inside.path().join("absolute")).unwrap();
+        symlink("../../../../../../..", inside.path().join("relative")).unwrap();
+        symlink("/nowhere", inside.path().join("dangling")).unwrap();
+        let root = root(inside.path());
+        // Absolute targets are looked up below the root, where they do not exist.
+        assert!(root.make_directory(c"absolute/x", 0o755).is_err());
+        root.make_directory(c"relative/made", 0o755).unwrap();
+        assert!(inside.path().join("made").is_dir());
+        assert!(root.make_directory(c"dangling/x", 0o755).is_err());
+        assert!(root.mount_target(c"dangling", TargetType::File).is_err());
+        assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+        assert!(!std::path::Path::new("/nowhere").exists());
+    }
+
+    #[test]
+    fn targets_are_made_with_their_parents() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = root(directory.path());
+        root.mount_target(c"a/b/file", TargetType::File).unwrap();
+        root.mount_target(c"a/c", TargetType::Directory).unwrap();
+        root.mount_target(c"a/b/file", TargetType::File).unwrap();
+        assert!(directory.path().join("a/b/file").is_file());
+        assert!(directory.path().join("a/c").is_dir());
+    }
+
+    #[test]
+    fn strict_look_up_refuses_symlinks() {
+        let directory = tempfile::tempdir().unwrap();
+        symlink(".", directory.path().join("proc")).unwrap();
+        let root = root(directory.path());
+        assert_eq!(
+            root.find_without_symlinks(c"proc").unwrap_err(),
+            Errno::LOOP
+        );
+    }
+}

@@ -1,0 +1,227 @@
+//! The container's root: attached, filled, covered where the config says, and entered.
+//!
+//! ```text
+//! propagation of the copied tree -> attach root -> mounts -> /dev -> masks   (old root still "/")
+//!                                              -> pivot_root -> old root detached -> read-only
+//! ```
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxAttributes, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountPropagationFlags, MoveMountFlags, UnmountFlags, mount_change, move_mount, unmount,
+};
+
+use super::device::null_mount;
+use super::mount::{attach, clone_handle, clone_tree, detached, set_attributes, set_propagation};
+use super::resolve::{Root, at};
+use crate::error::{Error, Result};
+use crate::plan::options::Attributes;
+use crate::plan::{Plan, RootfsPlan};
+
+const READ_ONLY: Attributes = Attributes {
+    set: libc::MOUNT_ATTR_RDONLY,
+    clear: 0,
+};
+
+/// Attaches the root in the new mount namespace. `early` is the tree that the parent has cloned
+/// because the child may not reach the path in its user namespace.
+pub fn attach_root(plan: &RootfsPlan, early: Option<OwnedFd>) -> Result<Root> {
+    let change = MountPropagationFlags::from_bits_retain(plan.initial_propagation as u32);
+    mount_change(c"/", change).map_err(|error| {
+        Error::system(
+            format!("mount(propagation {:#x})", plan.initial_propagation),
+            "/",
+            error,
+        )
+    })?;
+    if plan.initial_propagation & (libc::MS_SHARED | libc::MS_UNBINDABLE) != 0 {
+        privatise_parent(&plan.c_path)?;
+    }
+    let (tree, place) = match early {
+        // Any place will do until pivot_root, and "/" can always be reached.
+        Some(tree) => (tree, c"/"),
+        None => (clone_tree(&plan.c_path, true)?, plan.c_path.as_c_str()),
+    };
+    move_mount(
+        tree.as_fd(),
+        c"",
+        CWD,
+        place,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+    .map_err(|error| Error::system("move_mount", plan.path.display().to_string(), error))?;
+    Ok(Root::new(tree))
+}
+
+/// pivot_root(2) refuses a shared parent mount, and the root must not show up on the host: walks
+/// up to the mount that holds the path and makes it private.
+fn privatise_parent(path: &CStr) -> Result<()> {
+    let fail = |call: &'static str, error| Error::system(call, path.to_string_lossy(), error);
+    let look = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut directory =
+        rustix::fs::open(path, look, Mode::empty()).map_err(|error| fail("open", error))?;
+    loop {
+        let stat = rustix::fs::statx(&directory, c"", AtFlags::EMPTY_PATH, StatxFlags::empty())
+            .map_err(|error| fail("statx", error))?;
+        if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+            return set_propagation(directory.as_fd(), libc::MS_PRIVATE);
+        }
+        directory = rustix::fs::openat(&directory, c"..", look, Mode::empty())
+            .map_err(|error| fail("openat(..)", error))?;
+    }
+}
+
+/// Covers `linux.maskedPaths`: files by the null device, directories by an empty read-only tmpfs.
+/// What is not there needs no cover; anything else that fails, fails the container.
+pub fn mask(root: &Root, plan: &Plan) -> Result<()> {
+    let mut null: Option<OwnedFd> = None;
+    let mut empty: Option<OwnedFd> = None;
+    for path in &plan.masked_paths {
+        let target = match root.find(path) {
+            Ok(target) => target,
+            Err(Errno::NOENT | Errno::NOTDIR) => continue,
+            Err(error) => return Err(at("openat2", path, error).context("mask path")),
+        };
+        let stat = rustix::fs::fstat(&target).map_err(|error| at("fstat", path, error))?;
+        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        let template = if is_directory { &mut empty } else { &mut null };
+        let template = match template {
+            Some(template) => template,
+            None => template.insert(if is_directory {
+                empty_tmpfs()?
+            } else {
+                null_mount()?
+            }),
+        };
+        // The first cover and all later ones are clones: the template stays detached.
+        let cover =
+            clone_handle(template.as_fd(), false).map_err(|error| at("open_tree", path, error))?;
+        attach(cover.as_fd(), target.as_fd())
+            .map_err(|error| at("move_mount", path, error).context("mask path"))?;
+    }
+    Ok(())
+}
+
+fn empty_tmpfs() -> Result<OwnedFd> {
+    let options = [
+        (c"nr_blocks".to_owned(), Some(c"1".to_owned())),
+        (c"nr_inodes".to_owned(), Some(c"1".to_owned())),
+    ];
+    detached(c"tmpfs", c"tmpfs", &options, READ_ONLY)
+}
+
+/// Makes `linux.readonlyPaths` read-only mounts of themselves.
+pub fn make_read_only(root: &Root, plan: &Plan) -> Result<()> {
+    for path in &plan.readonly_paths {
+        let target = match root.find(path) {
+            Ok(target) => target,
+            Err(Errno::NOENT | Errno::NOTDIR) => continue,
+            Err(error) => return Err(at("openat2", path, error).context("readonly path")),
+        };
+        let tree = clone_handle(target.as_fd(), true)
+            .map_err(|error| at("open_tree", path, error).context("readonly path"))?;
+        set_attributes(tree.as_fd(), READ_ONLY, false)?;
+        attach(tree.as_fd(), target.as_fd())
+            .map_err(|error| at("move_mount", path, error).context("readonly path"))?;
+    }
+    Ok(())
+}
+
+/// The last touches that need the handle of the root: /dev and the root become read-only.
+pub fn seal(root: &Root, plan: &Plan) -> Result<()> {
+    if plan.dev.readonly {
+        let dev = root
+            .find(c"dev")
+            .map_err(|error| at("openat2", c"dev", error))?;
+        set_attributes(dev.as_fd(), READ_ONLY, false)?;
+    }
+    if plan.rootfs.readonly {
+        set_attributes(root.as_fd(), READ_ONLY, false)?;
+    }
+    Ok(())
+}
+
+/// Makes the container's root the process's root and lets go of the host's.
+pub fn enter(root: &Root, plan: &RootfsPlan) -> Result<()> {
+    rustix::process::fchdir(root.as_fd())
+        .map_err(|error| Error::system("fchdir", plan.path.display().to_string(), error))?;
+    if plan.no_pivot {
+        move_root(root, plan)?;
+    } else {
+        // With "." for both, the old root ends up stacked on the new one, where the same "."
+        // then finds it (pivot_root(2), "pivot_root(".", ".")").
+        rustix::process::pivot_root(c".", c".")
+            .map_err(|error| Error::system("pivot_root", plan.path.display().to_string(), error))?;
+        if plan.initial_propagation & libc::MS_SLAVE == 0 {
+            // Detaching a shared tree would detach it on the host.
+            mount_change(
+                c".",
+                MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+            )
+            .map_err(|error| Error::system("mount(MS_SLAVE|MS_REC)", "the old root", error))?;
+        }
+        unmount(c".", UnmountFlags::DETACH)
+            .map_err(|error| Error::system("umount2(MNT_DETACH)", "the old root", error))?;
+    }
+    rustix::process::chdir(c"/").map_err(|error| Error::system("chdir", "/", error))?;
+    match plan.propagation {
+        Some(propagation) => set_propagation(root.as_fd(), propagation),
+        None => Ok(()),
+    }
+}
+
+/// `--no-pivot`: for a host whose root is a ramfs, which pivot_root(2) refuses.
+fn move_root(root: &Root, plan: &RootfsPlan) -> Result<()> {
+    cover_host_filesystems(plan)?;
+    move_mount(
+        root.as_fd(),
+        c"",
+        CWD,
+        c"/",
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+    .map_err(|error| Error::system("move_mount", "/", error))?;
+    rustix::process::chroot(c".").map_err(|error| Error::system("chroot", ".", error))
+}
+
+/// The host's procfs and sysfs stay below a moved root: they must not be there to be found, since
+/// a container could mount its own from them where only a fully visible one allows that.
+fn cover_host_filesystems(plan: &RootfsPlan) -> Result<()> {
+    let table = std::fs::read("/proc/self/mountinfo")
+        .map_err(|error| Error::system("read", "/proc/self/mountinfo", error))?;
+    let text = String::from_utf8_lossy(&table);
+    let rootfs = plan.path.to_string_lossy();
+    let mut points: Vec<&str> = text
+        .lines()
+        .filter_map(|line| {
+            let (left, right) = line.split_once(" - ")?;
+            let kind = right.split(' ').next()?;
+            let point = left.split(' ').nth(4)?;
+            let host = (kind == "proc" || kind == "sysfs") && !point.starts_with(&*rootfs);
+            host.then_some(point)
+        })
+        .collect();
+    // Those deeper down first.
+    points.sort_by_key(|point| std::cmp::Reverse(point.len()));
+    for point in points {
+        match unmount(point, UnmountFlags::DETACH) {
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::PERM) => {
+                let cover = empty_tmpfs()?;
+                move_mount(
+                    cover.as_fd(),
+                    c"",
+                    CWD,
+                    point,
+                    MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+                )
+                .map_err(|error| Error::system("move_mount", point, error))?;
+            }
+            Err(error) => return Err(Error::system("umount2", point, error)),
+        }
+    }
+    Ok(())
+}

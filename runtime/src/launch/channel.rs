@@ -1,0 +1,262 @@
+//! The one socketpair between parent and child: short messages, each a tag and a payload.
+//!
+//! ```text
+//! parent --Mapped--> child        the id maps are written (user namespaces only)
+//! parent <--Hooks--- child        the mounts stand: prestart and createRuntime now, then Continue
+//! parent <--Ready--- child        only exec is left
+//! parent --Continue-> child       exec, or wait at the gate
+//! parent <--Failed-- child        instead of any of these; EOF without it: exec went well
+//! ```
+//!
+//! SOCK_SEQPACKET keeps the messages apart; plain read and write keep them within what the
+//! tightest seccomp profile allows, since the last ones pass after the filter is on.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+};
+
+use crate::error::{Error, Kind, Result};
+
+/// The longest error text that is passed on; the rest is cut.
+const MAX_MESSAGE: usize = 8192;
+
+/// What a child says.
+#[derive(Debug)]
+pub enum Report {
+    Ready,
+    Hooks,
+    /// The stage's child: its pid as the stage sees it, and a pidfd.
+    Cloned(i32, OwnedFd),
+    /// The master of the container's terminal.
+    Console(OwnedFd),
+    /// The fd of a seccomp filter that notifies.
+    Listener(OwnedFd),
+    Failed(Error),
+    /// The other end is gone: closed by exec, or by death.
+    Closed,
+}
+
+/// One end of the channel.
+#[derive(Debug)]
+pub struct Channel {
+    socket: OwnedFd,
+}
+
+impl Channel {
+    /// Both ends, close-on-exec.
+    ///
+    /// # Errors
+    /// Those of socketpair(2).
+    pub fn pair() -> Result<(Self, Self)> {
+        let (a, b) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(|error| Error::system("socketpair", "", error))?;
+        Ok((Self { socket: a }, Self { socket: b }))
+    }
+
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    fn send(&self, tag: u8, payload: &[u8]) -> Result<()> {
+        let mut message = [0u8; MAX_MESSAGE];
+        let length = payload.len().min(MAX_MESSAGE - 1);
+        message[0] = tag;
+        message[1..=length].copy_from_slice(&payload[..length]);
+        rustix::io::retry_on_intr(|| rustix::io::write(&self.socket, &message[..=length]))
+            .map(drop)
+            .map_err(|error| Error::system("write", "the start channel", error))
+    }
+
+    fn send_fd(&self, tag: u8, payload: &[u8], fd: BorrowedFd<'_>) -> Result<()> {
+        let mut message = Vec::with_capacity(payload.len() + 1);
+        message.push(tag);
+        message.extend_from_slice(payload);
+        let fds = [fd];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        rustix::net::sendmsg(
+            &self.socket,
+            &[IoSlice::new(&message)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )
+        .map(drop)
+        .map_err(|error| Error::system("sendmsg(SCM_RIGHTS)", "the start channel", error))
+    }
+
+    /// Child: the mounts stand.
+    pub fn report_hooks(&self) -> Result<()> {
+        self.send(b'H', &[])
+    }
+
+    /// Child: only exec is left.
+    pub fn report_ready(&self) -> Result<()> {
+        self.send(b'R', &[])
+    }
+
+    /// Child: what went wrong.
+    pub fn report_failure(&self, error: &Error) -> Result<()> {
+        let kind = kind_byte(error.kind());
+        let mut payload = vec![kind];
+        payload.extend_from_slice(format!("{error:#}").as_bytes());
+        self.send(b'E', &payload)
+    }
+
+    /// Stage: the child it made.
+    pub fn report_clone(&self, pid: i32, pidfd: BorrowedFd<'_>) -> Result<()> {
+        self.send_fd(b'P', &pid.to_ne_bytes(), pidfd)
+    }
+
+    /// Child: the terminal it has opened.
+    pub fn report_console(&self, master: BorrowedFd<'_>) -> Result<()> {
+        self.send_fd(b'T', &[], master)
+    }
+
+    /// Child: the filter's listener.
+    pub fn report_listener(&self, listener: BorrowedFd<'_>) -> Result<()> {
+        self.send_fd(b'L', &[], listener)
+    }
+
+    /// Parent: go on.
+    pub fn proceed(&self) -> Result<()> {
+        self.send(b'C', &[])
+    }
+
+    /// Child: waits for [`Channel::proceed`]; an error when the parent is gone.
+    pub fn wait(&self) -> Result<()> {
+        let mut byte = [0u8; 1];
+        match rustix::io::retry_on_intr(|| rustix::io::read(&self.socket, &mut byte)) {
+            Ok(1) => Ok(()),
+            Ok(_) => Err(Error::new(
+                Kind::Internal,
+                "the runtime ended during the start",
+                "",
+            )),
+            Err(error) => Err(Error::system("read", "the start channel", error)),
+        }
+    }
+
+    /// Parent: the next report of the child.
+    pub fn next(&self) -> Result<Report> {
+        let mut bytes = [0u8; MAX_MESSAGE];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let mut parts = [IoSliceMut::new(&mut bytes)];
+            match rustix::net::recvmsg(
+                &self.socket,
+                &mut parts,
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC,
+            ) {
+                Ok(received) => break received.bytes,
+                Err(Errno::INTR) => {}
+                // A child that dies with a message unread resets the connection.
+                Err(Errno::CONNRESET) => return Ok(Report::Closed),
+                Err(error) => return Err(Error::system("recvmsg", "the start channel", error)),
+            }
+        };
+        let fd = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        });
+        decode(&bytes[..received], fd)
+    }
+}
+
+fn decode(message: &[u8], fd: Option<OwnedFd>) -> Result<Report> {
+    let broken = || Error::new(Kind::Internal, "malformed message on the start channel", "");
+    let Some((tag, payload)) = message.split_first() else {
+        return Ok(Report::Closed);
+    };
+    Ok(match (*tag, fd) {
+        (b'R', None) => Report::Ready,
+        (b'H', None) => Report::Hooks,
+        (b'P', Some(fd)) => {
+            let pid = payload.try_into().map_err(|_| broken())?;
+            Report::Cloned(i32::from_ne_bytes(pid), fd)
+        }
+        (b'T', Some(fd)) => Report::Console(fd),
+        (b'L', Some(fd)) => Report::Listener(fd),
+        (b'E', None) => {
+            let (kind, text) = payload.split_first().ok_or_else(broken)?;
+            let text = String::from_utf8_lossy(text).into_owned();
+            Report::Failed(Error::new(kind_of(*kind), text, ""))
+        }
+        _ => return Err(broken()),
+    })
+}
+
+const KINDS: [Kind; 9] = [
+    Kind::Invalid,
+    Kind::Unsupported,
+    Kind::NotFound,
+    Kind::Exists,
+    Kind::State,
+    Kind::Exec,
+    Kind::Hook,
+    Kind::System,
+    Kind::Internal,
+];
+
+fn kind_byte(kind: Kind) -> u8 {
+    KINDS
+        .iter()
+        .position(|known| *known == kind)
+        .map_or(0, |at| at as u8)
+}
+
+fn kind_of(byte: u8) -> Kind {
+    KINDS
+        .get(usize::from(byte))
+        .copied()
+        .unwrap_or(Kind::Internal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_arrive_in_order_and_whole() {
+        let (parent, child) = Channel::pair().unwrap();
+        child.report_hooks().unwrap();
+        let error = Error::new(Kind::Exec, "exec: \"x\"", "").source(Errno::NOENT);
+        child.report_failure(&error).unwrap();
+        child.report_clone(7, child.as_fd()).unwrap();
+        child.report_ready().unwrap();
+        assert!(matches!(parent.next().unwrap(), Report::Hooks));
+        match parent.next().unwrap() {
+            Report::Failed(error) => {
+                assert_eq!(error.kind(), Kind::Exec);
+                assert_eq!(error.to_string(), "exec: \"x\": no such file or directory");
+            }
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(parent.next().unwrap(), Report::Cloned(7, _)));
+        assert!(matches!(parent.next().unwrap(), Report::Ready));
+        parent.proceed().unwrap();
+        child.wait().unwrap();
+        drop(child);
+        assert!(matches!(parent.next().unwrap(), Report::Closed));
+    }
+
+    #[test]
+    fn child_notices_a_dead_parent() {
+        let (parent, child) = Channel::pair().unwrap();
+        drop(parent);
+        assert!(child.wait().is_err());
+    }
+}

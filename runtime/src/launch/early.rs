@@ -1,0 +1,76 @@
+//! What only the parent can open: trees that a child in a user namespace may not reach, and
+//! id-mapped ones, which take rights over the source's filesystem.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use coracle_sys::mount as sys;
+
+use super::idmap;
+use crate::error::{Error, Result};
+use crate::host::HostFacts;
+use crate::init::mount::{clone_tree, set_attributes, set_propagation};
+use crate::plan::mounts::IdMap;
+use crate::plan::{MountKind, MountStep, Plan};
+
+/// One place for each mount step.
+///
+/// # Errors
+/// A source is missing, or its filesystem takes no id mapping.
+pub fn trees(plan: &Plan, host: &HostFacts) -> Result<Vec<Option<OwnedFd>>> {
+    plan.mounts
+        .iter()
+        .map(|step| match &step.kind {
+            MountKind::Bind(source) if source.early => {
+                let tree = clone_tree(&source.path, source.recursive)?;
+                prepare(&tree, step, source.idmap.as_ref(), host).map(|()| Some(tree))
+            }
+            _ => Ok(None),
+        })
+        .map(|tree| tree.map_err(|error| error.context("error opening mount source")))
+        .collect()
+}
+
+fn prepare(
+    tree: &OwnedFd,
+    step: &MountStep,
+    idmap: Option<&IdMap>,
+    host: &HostFacts,
+) -> Result<()> {
+    // A clone made here is a peer of the host's mount: what is mounted below it in the container
+    // would show up on the host.
+    set_propagation(tree.as_fd(), libc::MS_SLAVE | libc::MS_REC)?;
+    set_attributes(tree.as_fd(), step.attributes, false)?;
+    set_attributes(tree.as_fd(), step.recursive_attributes, true)?;
+    let Some(idmap) = idmap else { return Ok(()) };
+    if idmap.uid_map.is_empty() || idmap.gid_map.is_empty() {
+        return Err(Error::unsupported(format!(
+            "mounts: {}: id mapping of a joined user namespace has to be given with the mount",
+            step.destination
+        )));
+    }
+    let namespace = idmap::namespace(&idmap.uid_map, &idmap.gid_map, host)?;
+    let attributes = sys::Attributes {
+        idmap: Some(namespace.as_fd()),
+        ..Default::default()
+    };
+    sys::set_attributes(tree.as_fd(), &attributes, idmap.recursive).map_err(|error| {
+        Error::system(
+            "mount_setattr(MOUNT_ATTR_IDMAP)",
+            step.destination.clone(),
+            error,
+        )
+    })
+}
+
+/// The root, where the child could not reach its path.
+///
+/// # Errors
+/// It is not there.
+pub fn root(plan: &Plan) -> Result<Option<OwnedFd>> {
+    if !plan.namespaces.has_user() {
+        return Ok(None);
+    }
+    let tree = clone_tree(&plan.rootfs.c_path, true)?;
+    set_propagation(tree.as_fd(), libc::MS_SLAVE | libc::MS_REC)?;
+    Ok(Some(tree))
+}

@@ -1,0 +1,237 @@
+//! A foreground `run` or `exec`: signals go to the container, its terminal is bridged to ours, its
+//! exit code becomes ours. One thread: signals arrive through a signalfd.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::process::{WaitOptions, WaitStatus};
+
+use super::process::{exit_code, pid_of};
+use crate::console::{RawMode, follow_size};
+use crate::error::{Error, Result};
+
+/// Signals blocked from before the clone on, so that none is lost between it and the wait.
+#[derive(Debug)]
+pub struct Signals {
+    set: SigSet,
+}
+
+impl Signals {
+    /// Blocks every signal that can be blocked. The child unblocks them before its program.
+    ///
+    /// # Errors
+    /// Those of sigprocmask(2).
+    pub fn block() -> Result<Self> {
+        let mut set = SigSet::all();
+        // Faults of our own are not the container's.
+        for own in [
+            Signal::SIGSEGV,
+            Signal::SIGBUS,
+            Signal::SIGFPE,
+            Signal::SIGILL,
+            Signal::SIGABRT,
+        ] {
+            set.remove(own);
+        }
+        set.thread_block()
+            .map_err(|error| Error::system("sigprocmask", "", error))?;
+        Ok(Self { set })
+    }
+
+    /// Stays until the process ends; gives its exit code.
+    ///
+    /// # Errors
+    /// The wait itself failed.
+    pub fn follow(&self, pid: i32, master: Option<OwnedFd>) -> Result<u8> {
+        match master {
+            Some(master) => self.follow_terminal(pid, &master),
+            None => self.follow_quietly(pid),
+        }
+    }
+
+    /// Without a terminal the container has our stdio: there is nothing to do but to wait.
+    fn follow_quietly(&self, pid: i32) -> Result<u8> {
+        loop {
+            // The child may have ended before anything was waited for.
+            if let Some(status) = try_reap(pid)? {
+                return Ok(exit_code(status));
+            }
+            let signal = self
+                .set
+                .wait()
+                .map_err(|error| Error::system("sigwait", "", error))?;
+            if signal != Signal::SIGCHLD {
+                forward(pid, signal as i32);
+            }
+        }
+    }
+
+    fn follow_terminal(&self, pid: i32, master: &OwnedFd) -> Result<u8> {
+        let signals =
+            SignalFd::with_flags(&self.set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+                .map_err(|error| Error::system("signalfd", "", error))?;
+        let _raw = RawMode::enter();
+        follow_size(master.as_fd());
+        set_nonblocking(master.as_fd())?;
+        let mut bridge = Bridge::new(master);
+        loop {
+            if let Some(status) = try_reap(pid)? {
+                bridge.drain();
+                return Ok(exit_code(status));
+            }
+            bridge.turn(&signals)?;
+            while let Ok(Some(signal)) = signals.read_signal() {
+                match i32::try_from(signal.ssi_signo) {
+                    Ok(libc::SIGCHLD) | Err(_) => {}
+                    Ok(libc::SIGWINCH) => follow_size(master.as_fd()),
+                    Ok(number) => forward(pid, number),
+                }
+            }
+        }
+    }
+}
+
+fn try_reap(pid: i32) -> Result<Option<WaitStatus>> {
+    let wanted = pid_of(pid)?;
+    let mut found = None;
+    // Adopted orphans too: this process may be their subreaper.
+    loop {
+        match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(Some((ended, status))) if ended == wanted => found = Some(status),
+            Ok(Some(_)) | Err(Errno::INTR) => {}
+            Ok(None) => return Ok(found),
+            Err(Errno::CHILD) if found.is_some() => return Ok(found),
+            Err(error) => return Err(Error::system("waitpid", pid.to_string(), error)),
+        }
+    }
+}
+
+/// A container that has just ended needs no signal.
+fn forward(pid: i32, signal: i32) {
+    let _ = coracle_sys::spawn::kill(pid, signal);
+}
+
+fn set_nonblocking(fd: BorrowedFd<'_>) -> Result<()> {
+    let fail = |error| Error::system("fcntl(O_NONBLOCK)", "the console", error);
+    let flags = rustix::fs::fcntl_getfl(fd).map_err(fail)?;
+    rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK).map_err(fail)
+}
+
+/// Copies between our stdio and the terminal, holding back what the other side does not take.
+struct Bridge<'a> {
+    master: &'a OwnedFd,
+    input: Vec<u8>,
+    input_ended: bool,
+    master_ended: bool,
+}
+
+impl<'a> Bridge<'a> {
+    fn new(master: &'a OwnedFd) -> Self {
+        Self {
+            master,
+            input: Vec::new(),
+            input_ended: false,
+            master_ended: false,
+        }
+    }
+
+    /// Waits for anything to do and does it once.
+    fn turn(&mut self, signals: &SignalFd) -> Result<()> {
+        let stdin = rustix::stdio::stdin();
+        let mut master_wants = PollFlags::empty();
+        if !self.master_ended {
+            master_wants |= PollFlags::IN;
+            if !self.input.is_empty() {
+                master_wants |= PollFlags::OUT;
+            }
+        }
+        let mut fds = vec![PollFd::new(signals, PollFlags::IN)];
+        let (mut master_at, mut stdin_at) = (None, None);
+        if !master_wants.is_empty() {
+            master_at = Some(fds.len());
+            fds.push(PollFd::new(self.master, master_wants));
+        }
+        if !self.input_ended && !self.master_ended && self.input.is_empty() {
+            stdin_at = Some(fds.len());
+            fds.push(PollFd::from_borrowed_fd(stdin, PollFlags::IN));
+        }
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(Error::system("poll", "", error)),
+        }
+        let events = |at: Option<usize>| at.map_or(PollFlags::empty(), |at| fds[at].revents());
+        let (master, stdin_ready) = (events(master_at), !events(stdin_at).is_empty());
+        if stdin_ready {
+            self.read_input();
+        }
+        if master.intersects(PollFlags::OUT) {
+            self.write_input();
+        }
+        if master.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
+            self.copy_output();
+        }
+        Ok(())
+    }
+
+    fn read_input(&mut self) {
+        let mut buffer = [0u8; 4096];
+        match rustix::io::read(rustix::stdio::stdin(), &mut buffer) {
+            Ok(0) => self.input_ended = true,
+            Ok(length) => {
+                self.input.extend_from_slice(&buffer[..length]);
+                self.write_input();
+            }
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(_) => self.input_ended = true,
+        }
+    }
+
+    fn write_input(&mut self) {
+        match rustix::io::write(self.master, &self.input) {
+            Ok(length) => drop(self.input.drain(..length)),
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(_) => self.input.clear(),
+        }
+    }
+
+    /// EIO says that no process has the slave open any more.
+    fn copy_output(&mut self) {
+        let mut buffer = [0u8; 16384];
+        match rustix::io::read(self.master, &mut buffer) {
+            Ok(0) => self.master_ended = true,
+            Ok(length) => write_all(&buffer[..length]),
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(_) => self.master_ended = true,
+        }
+    }
+
+    /// What the program has printed last.
+    fn drain(&mut self) {
+        let mut buffer = [0u8; 16384];
+        while let Ok(length @ 1..) = rustix::io::read(self.master, &mut buffer) {
+            write_all(&buffer[..length]);
+        }
+    }
+}
+
+/// To stdout, whatever it is; a reader that went away has lost interest.
+fn write_all(mut bytes: &[u8]) {
+    let stdout = rustix::stdio::stdout();
+    while !bytes.is_empty() {
+        match rustix::io::write(stdout, bytes) {
+            Ok(length) => bytes = &bytes[length..],
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                let mut fds = [PollFd::from_borrowed_fd(stdout, PollFlags::OUT)];
+                if poll(&mut fds, None).is_err() {
+                    return;
+                }
+            }
+            Err(_) => return,
+        }
+    }
+}

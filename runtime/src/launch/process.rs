@@ -1,0 +1,136 @@
+//! Processes that this one has made, from outside: reaping, limits, scores.
+
+use std::os::fd::BorrowedFd;
+
+use coracle_oci::spec::PosixRlimitType;
+use rustix::io::Errno;
+use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, WaitStatus};
+
+use crate::error::{Error, Kind, Result};
+
+pub fn pid_of(pid: i32) -> Result<Pid> {
+    Pid::from_raw(pid)
+        .ok_or_else(|| Error::new(Kind::Internal, "invalid process id", pid.to_string()))
+}
+
+/// Waits for a child to end.
+///
+/// # Errors
+/// It is no child of this process.
+pub fn reap(pid: i32) -> Result<WaitStatus> {
+    let wanted = pid_of(pid)?;
+    loop {
+        match rustix::process::waitpid(Some(wanted), WaitOptions::empty()) {
+            Ok(Some((_, status))) => return Ok(status),
+            Ok(None) | Err(Errno::INTR) => {}
+            Err(error) => return Err(Error::system("waitpid", pid.to_string(), error)),
+        }
+    }
+}
+
+/// Kills a child through its pidfd and reaps it.
+pub fn end(pid: i32, pidfd: BorrowedFd<'_>) -> Result<()> {
+    match rustix::process::pidfd_send_signal(pidfd, Signal::KILL) {
+        Ok(()) | Err(Errno::SRCH) => {}
+        Err(error) => return Err(Error::system("pidfd_send_signal", pid.to_string(), error)),
+    }
+    reap(pid).map(drop)
+}
+
+/// The shell's convention: the code, or 128 and the signal.
+pub fn exit_code(status: WaitStatus) -> u8 {
+    let code = match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => code,
+        (None, Some(signal)) => 128 + signal,
+        (None, None) => 255,
+    };
+    u8::try_from(code & 0xff).unwrap_or(255)
+}
+
+/// Sets the limits of a process that has not executed its program yet.
+///
+/// # Errors
+/// A hard limit is raised without CAP_SYS_RESOURCE.
+pub fn set_limits(pid: i32, limits: &[(PosixRlimitType, u64, u64)]) -> Result<()> {
+    let process = if limits.is_empty() {
+        return Ok(());
+    } else {
+        pid_of(pid)?
+    };
+    for (kind, soft, hard) in limits {
+        // RLIM_INFINITY is the largest number in the kernel and None in rustix.
+        let value = |limit: u64| (limit != u64::MAX).then_some(limit);
+        let limit = Rlimit {
+            current: value(*soft),
+            maximum: value(*hard),
+        };
+        rustix::process::prlimit(Some(process), resource(*kind), limit).map_err(|error| {
+            Error::system(
+                format!("error setting rlimit {kind} (soft {soft}, hard {hard})"),
+                "",
+                error,
+            )
+        })?;
+    }
+    Ok(())
+}
+
+fn resource(kind: PosixRlimitType) -> Resource {
+    match kind {
+        PosixRlimitType::RlimitCpu => Resource::Cpu,
+        PosixRlimitType::RlimitFsize => Resource::Fsize,
+        PosixRlimitType::RlimitData => Resource::Data,
+        PosixRlimitType::RlimitStack => Resource::Stack,
+        PosixRlimitType::RlimitCore => Resource::Core,
+        PosixRlimitType::RlimitRss => Resource::Rss,
+        PosixRlimitType::RlimitNproc => Resource::Nproc,
+        PosixRlimitType::RlimitNofile => Resource::Nofile,
+        PosixRlimitType::RlimitMemlock => Resource::Memlock,
+        PosixRlimitType::RlimitAs => Resource::As,
+        PosixRlimitType::RlimitLocks => Resource::Locks,
+        PosixRlimitType::RlimitSigpending => Resource::Sigpending,
+        PosixRlimitType::RlimitMsgqueue => Resource::Msgqueue,
+        PosixRlimitType::RlimitNice => Resource::Nice,
+        PosixRlimitType::RlimitRtprio => Resource::Rtprio,
+        PosixRlimitType::RlimitRttime => Resource::Rttime,
+    }
+}
+
+/// Writes oom_score_adj; a value that is in force already needs no right to write it.
+///
+/// # Errors
+/// Lowering it without CAP_SYS_RESOURCE.
+pub fn set_oom_score_adj(pid: i32, adjustment: i32) -> Result<()> {
+    let path = format!("/proc/{pid}/oom_score_adj");
+    let text = adjustment.to_string();
+    match std::fs::write(&path, &text) {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            if std::fs::read_to_string(&path).is_ok_and(|now| now.trim_end() == text) {
+                return Ok(());
+            }
+            Err(Error::system(
+                format!("failed to set oom_score_adj {text}: write"),
+                path,
+                error,
+            ))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_code_follows_the_shell() {
+        for (script, want) in [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137)] {
+            let child = std::process::Command::new("sh")
+                .args(["-c", script])
+                .spawn()
+                .unwrap();
+            let pid = i32::try_from(child.id()).unwrap();
+            assert_eq!(exit_code(reap(pid).unwrap()), want, "{script}");
+        }
+    }
+}

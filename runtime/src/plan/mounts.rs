@@ -1,0 +1,425 @@
+//! The mount steps in the config's order, each with everything its system calls need. Pure.
+
+use std::ffi::{CStr, CString};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use coracle_oci::record::CgroupRecord;
+use coracle_oci::spec::{LinuxIdMapping, LinuxNamespaceType as Kind, Mount};
+
+use super::options::{self, Attributes, BindMode, Options};
+use super::{Input, NamespacePlan, c_string, relative};
+use crate::cgroup::{CgroupMode, Hierarchy};
+use crate::error::{Error, Result};
+
+/// One mount.
+#[derive(Debug)]
+pub struct MountStep {
+    /// As the config has it: for messages.
+    pub destination: String,
+    /// Relative to the root.
+    pub target: CString,
+    pub kind: MountKind,
+    pub attributes: Attributes,
+    pub recursive_attributes: Attributes,
+    pub propagation: Vec<u64>,
+}
+
+/// What is mounted.
+#[derive(Debug)]
+pub enum MountKind {
+    Bind(BindSource),
+    /// A filesystem that goes through fsopen(2).
+    Fs(FsSource),
+    /// A filesystem that only mount(2) configures fully, or a remount.
+    Legacy {
+        fstype: CString,
+        source: CString,
+        flags: u64,
+        data: CString,
+    },
+    /// A tmpfs with one directory for each v1 hierarchy.
+    CgroupV1 {
+        hierarchies: Vec<V1Hierarchy>,
+        links: Vec<(CString, CString)>,
+        namespaced: bool,
+    },
+    /// cgroup2, or the container's directory in it where the kernel refuses that.
+    CgroupV2 {
+        directory: CString,
+        mountpoint: CString,
+        namespaced: bool,
+    },
+}
+
+#[derive(Debug)]
+pub struct BindSource {
+    pub path: CString,
+    pub recursive: bool,
+    pub idmap: Option<IdMap>,
+    /// The parent clones the tree: in a user namespace the child may not reach the source.
+    pub early: bool,
+}
+
+/// The mapping of an id-mapped mount; empty maps mean the container's own.
+#[derive(Debug)]
+pub struct IdMap {
+    pub uid_map: String,
+    pub gid_map: String,
+    pub recursive: bool,
+}
+
+#[derive(Debug)]
+pub struct FsSource {
+    pub fstype: &'static CStr,
+    pub source: CString,
+    pub options: Vec<(CString, Option<CString>)>,
+    /// tmpfs: the content of the directory below is copied in.
+    pub copy_up: bool,
+    /// tmpfs: takes over the mode of the directory below unless the config gives one.
+    pub inherit_mode: bool,
+    /// proc and sysfs: only at a real directory, never through a symlink.
+    pub strict_target: bool,
+    /// What a user namespace without the matching other namespace gets instead.
+    pub fallback: Option<&'static CStr>,
+}
+
+#[derive(Debug)]
+pub struct V1Hierarchy {
+    /// The directory under the mount.
+    pub name: CString,
+    /// What fsconfig(2) takes to mount it afresh.
+    pub options: Vec<(CString, Option<CString>)>,
+    /// The container's own cgroup, bound where there is no cgroup namespace.
+    pub directory: CString,
+}
+
+/// Files of /proc that engines replace by a bind mount (lxcfs and the like). Nothing else may be
+/// mounted inside /proc: it would lie to the runtime that joins later (CVE-2019-19921).
+const PROC_REPLACEABLE: [&str; 11] = [
+    "proc/cpuinfo",
+    "proc/diskstats",
+    "proc/meminfo",
+    "proc/stat",
+    "proc/swaps",
+    "proc/uptime",
+    "proc/loadavg",
+    "proc/slabinfo",
+    "proc/sys/kernel/ns_last_pid",
+    "proc/sys/crypto/fips_enabled",
+    "proc/net/dev",
+];
+
+/// Plans all mounts.
+pub(super) fn plan(input: &Input<'_>, namespaces: &NamespacePlan) -> Result<Vec<MountStep>> {
+    let mounts = input.spec.spec().mounts().as_deref().unwrap_or_default();
+    mounts
+        .iter()
+        .map(|mount| step(input, namespaces, mount))
+        .collect()
+}
+
+fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<MountStep> {
+    let mut parsed = options::parse(mount.options().as_deref().unwrap_or_default());
+    let fstype = mount.typ().as_deref().unwrap_or("");
+    if fstype == "bind" && parsed.bind == BindMode::No {
+        parsed.bind = BindMode::One;
+    }
+    let destination = mount.destination().display().to_string();
+    let kind = if parsed.remount {
+        legacy("none", mount, &parsed)?
+    } else if parsed.bind != BindMode::No {
+        MountKind::Bind(bind(input, namespaces, mount, &parsed)?)
+    } else {
+        match fstype {
+            "" => {
+                return Err(Error::invalid(format!(
+                    "mounts: {destination}: type must not be empty"
+                )));
+            }
+            "proc" => MountKind::Fs(filesystem(c"proc", mount, &parsed, namespaces)?),
+            "sysfs" => MountKind::Fs(filesystem(c"sysfs", mount, &parsed, namespaces)?),
+            "tmpfs" => MountKind::Fs(filesystem(c"tmpfs", mount, &parsed, namespaces)?),
+            "devpts" => MountKind::Fs(filesystem(c"devpts", mount, &parsed, namespaces)?),
+            "mqueue" => MountKind::Fs(filesystem(c"mqueue", mount, &parsed, namespaces)?),
+            "cgroup" | "cgroup2" => cgroup(input)?,
+            other => legacy(other, mount, &parsed)?,
+        }
+    };
+    let target = relative("mounts", mount.destination().as_os_str().as_bytes())?;
+    check_proc(&destination, mount.destination(), &kind)?;
+    let mut attributes = parsed.attributes;
+    if matches!(kind, MountKind::Legacy { .. }) {
+        attributes = Attributes::default();
+    }
+    Ok(MountStep {
+        destination,
+        target,
+        kind,
+        attributes,
+        recursive_attributes: parsed.recursive_attributes,
+        propagation: parsed.propagation,
+    })
+}
+
+fn check_proc(destination: &str, path: &Path, kind: &MountKind) -> Result<()> {
+    let clean = clean(path);
+    let inside = clean.starts_with("proc/");
+    if inside {
+        let replaceable = PROC_REPLACEABLE.contains(&clean.as_str())
+            || clean
+                .strip_prefix("proc/")
+                .is_some_and(|rest| rest.starts_with("sys/net/"));
+        if !(replaceable && matches!(kind, MountKind::Bind(_))) {
+            return Err(Error::invalid(format!(
+                "{destination:?} cannot be mounted because it is inside /proc"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the planned target may resolve to a place on a procfs other than its root.
+pub fn may_be_inside_proc(step: &MountStep) -> bool {
+    clean(Path::new(&step.destination)).starts_with("proc/")
+}
+
+/// The path without "." and "..", relative.
+pub(super) fn clean(path: &Path) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for component in path.components() {
+        match component {
+            std::path::Component::Normal(part) => parts.push(part.to_string_lossy().into_owned()),
+            std::path::Component::ParentDir => {
+                parts.pop();
+            }
+            _ => {}
+        }
+    }
+    parts.join("/")
+}
+
+fn source_of(mount: &Mount) -> &[u8] {
+    mount
+        .source()
+        .as_ref()
+        .map_or(b"", |source| source.as_os_str().as_bytes())
+}
+
+fn bind(
+    input: &Input<'_>,
+    namespaces: &NamespacePlan,
+    mount: &Mount,
+    parsed: &Options,
+) -> Result<BindSource> {
+    let source = mount
+        .source()
+        .as_ref()
+        .filter(|s| !s.as_os_str().is_empty())
+        .ok_or_else(|| {
+            Error::invalid(format!(
+                "mounts: {}: a bind mount needs a source",
+                mount.destination().display()
+            ))
+        })?;
+    let path = input.bundle.join(source);
+    let mapped = |m: &Option<Vec<LinuxIdMapping>>| {
+        super::namespaces::id_map(m.as_deref().unwrap_or_default())
+    };
+    let (uid_map, gid_map) = (mapped(mount.uid_mappings()), mapped(mount.gid_mappings()));
+    let idmap = if !uid_map.is_empty() {
+        Some(IdMap {
+            uid_map,
+            gid_map,
+            recursive: parsed.idmap == Some(true),
+        })
+    } else {
+        parsed.idmap.map(|recursive| IdMap {
+            uid_map: namespaces.uid_map.clone(),
+            gid_map: namespaces.gid_map.clone(),
+            recursive,
+        })
+    };
+    Ok(BindSource {
+        path: c_string("mounts.source", path.as_os_str().as_bytes())?,
+        recursive: parsed.bind == BindMode::Recursive,
+        early: namespaces.has_user() || idmap.is_some(),
+        idmap,
+    })
+}
+
+fn filesystem(
+    fstype: &'static CStr,
+    mount: &Mount,
+    parsed: &Options,
+    namespaces: &NamespacePlan,
+) -> Result<FsSource> {
+    let source = match source_of(mount) {
+        b"" => fstype.to_owned(),
+        source => c_string("mounts.source", source)?,
+    };
+    let mut list = Vec::new();
+    for option in &parsed.data {
+        list.push(match option.split_once('=') {
+            Some((key, value)) => (
+                c_string("mounts.options", key.as_bytes())?,
+                Some(c_string("mounts.options", value.as_bytes())?),
+            ),
+            None => (c_string("mounts.options", option.as_bytes())?, None),
+        });
+    }
+    for name in parsed.superblock.iter().filter(|name| !name.is_empty()) {
+        list.push((c_string("mounts.options", name.as_bytes())?, None));
+    }
+    let tmpfs = fstype == c"tmpfs";
+    let strict_target = fstype == c"proc" || fstype == c"sysfs";
+    let fallback = if !namespaces.has_user() {
+        None
+    } else if fstype == c"proc" {
+        Some(c"/proc")
+    } else if fstype == c"sysfs" {
+        Some(c"/sys")
+    } else {
+        None
+    };
+    Ok(FsSource {
+        fstype,
+        source,
+        copy_up: tmpfs && parsed.copy_up,
+        inherit_mode: tmpfs && !list.iter().any(|(key, _)| key.as_c_str() == c"mode"),
+        options: list,
+        strict_target,
+        fallback,
+    })
+}
+
+fn legacy(fstype: &str, mount: &Mount, parsed: &Options) -> Result<MountKind> {
+    Ok(MountKind::Legacy {
+        fstype: c_string("mounts.type", fstype.as_bytes())?,
+        source: c_string("mounts.source", source_of(mount))?,
+        flags: options::legacy_flags(parsed),
+        data: c_string("mounts.options", parsed.data.join(",").as_bytes())?,
+    })
+}
+
+fn cgroup(input: &Input<'_>) -> Result<MountKind> {
+    let path = |path: &Path| c_string("cgroup", path.as_os_str().as_bytes());
+    match (&input.host.cgroup, input.cgroup) {
+        (CgroupMode::V2 { mountpoint, own }, record) => {
+            let directory = match record {
+                CgroupRecord::V2 { path } => path.clone(),
+                _ => mountpoint.join(own.strip_prefix("/").unwrap_or(own)),
+            };
+            Ok(MountKind::CgroupV2 {
+                directory: path(&directory)?,
+                mountpoint: path(mountpoint)?,
+                namespaced: input.spec.namespaces().has(Kind::Cgroup),
+            })
+        }
+        (CgroupMode::V1 { hierarchies, .. }, record) => {
+            let own = match record {
+                CgroupRecord::V1 { paths } => Some(paths),
+                _ => None,
+            };
+            let mut mounts = Vec::new();
+            let mut links = Vec::new();
+            for hierarchy in hierarchies {
+                let directory = own
+                    .and_then(|paths| paths.get(&hierarchy.key()).cloned())
+                    .unwrap_or_else(|| hierarchy.own_dir());
+                let name = hierarchy
+                    .mountpoint
+                    .file_name()
+                    .unwrap_or_default()
+                    .as_bytes();
+                let name = c_string("cgroup", name)?;
+                // Co-mounted controllers are found by their single names too: cpu -> cpu,cpuacct.
+                for controller in &hierarchy.controllers {
+                    if !controller.starts_with("name=") && controller.as_bytes() != name.as_bytes()
+                    {
+                        links.push((c_string("cgroup", controller.as_bytes())?, name.clone()));
+                    }
+                }
+                mounts.push(V1Hierarchy {
+                    options: v1_options(hierarchy)?,
+                    directory: path(&directory)?,
+                    name,
+                });
+            }
+            Ok(MountKind::CgroupV1 {
+                hierarchies: mounts,
+                links,
+                namespaced: input.spec.namespaces().has(Kind::Cgroup),
+            })
+        }
+    }
+}
+
+/// A named hierarchy has no controllers, which the kernel wants said: "none,name=systemd".
+fn v1_options(hierarchy: &Hierarchy) -> Result<Vec<(CString, Option<CString>)>> {
+    let mut list = Vec::new();
+    for controller in &hierarchy.controllers {
+        match controller.strip_prefix("name=") {
+            Some(name) => {
+                list.push((c"none".to_owned(), None));
+                list.push((
+                    c"name".to_owned(),
+                    Some(c_string("cgroup", name.as_bytes())?),
+                ));
+            }
+            None => list.push((c_string("cgroup", controller.as_bytes())?, None)),
+        }
+    }
+    Ok(list)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clean_table() {
+        let cases = [
+            ("/proc", "proc"),
+            ("/a/../proc/x", "proc/x"),
+            ("/", ""),
+            ("//a/./b", "a/b"),
+        ];
+        for (path, want) in cases {
+            assert_eq!(clean(Path::new(path)), want);
+        }
+    }
+
+    #[test]
+    fn inside_proc_only_known_files_by_bind() {
+        let bind = || {
+            MountKind::Bind(BindSource {
+                path: c"/x".to_owned(),
+                recursive: false,
+                idmap: None,
+                early: false,
+            })
+        };
+        let tmpfs = || MountKind::Legacy {
+            fstype: c"tmpfs".to_owned(),
+            source: c"".to_owned(),
+            flags: 0,
+            data: c"".to_owned(),
+        };
+        let cases = [
+            ("/proc", tmpfs(), true),
+            ("/proc/meminfo", bind(), true),
+            ("/proc/meminfo", tmpfs(), false),
+            ("/proc/self/attr", bind(), false),
+            ("/tmp/../proc/sys", bind(), false),
+            ("/procfs/x", tmpfs(), true),
+        ];
+        for (path, kind, ok) in cases {
+            assert_eq!(
+                check_proc(path, Path::new(path), &kind).is_ok(),
+                ok,
+                "{path} {kind:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! The runtime's own binary, out of the container's reach (CVE-2019-5736).
+//!
+//! /proc/self/exe of a process in a container is this binary until exec, and an entrypoint of
+//! "#!/proc/self/exe" executes it inside. Opened for writing later, that link would overwrite the
+//! host's file. So the commands that enter a container first execute themselves again through a
+//! detached read-only mount of the binary: the link then leads through that mount, and writing
+//! fails with EROFS. Where mounting is not allowed, a sealed memory copy serves.
+
+use std::ffi::CString;
+use std::io::Read as _;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+
+use coracle_sys::exec::{CStringArray, execve_fd};
+use coracle_sys::mount::{Attributes, set_attributes};
+use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::mount::{OpenTreeFlags, open_tree};
+
+use crate::error::{Error, Result};
+
+const EXE: &std::ffi::CStr = c"/proc/self/exe";
+
+/// Makes sure that this process runs from a binary that cannot be written; may execute itself
+/// again, so it comes before anything else.
+///
+/// # Errors
+/// Neither way is open.
+pub fn ensure() -> Result<()> {
+    let exe = rustix::fs::open(EXE, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| Error::system("open", "/proc/self/exe", error))?;
+    if is_sealed(&exe)? {
+        return Ok(());
+    }
+    let safe = match read_only_mount() {
+        Ok(mount) => mount,
+        Err(_) => memory_copy(exe)?,
+    };
+    let strings = |words: Vec<Vec<u8>>| {
+        words
+            .into_iter()
+            .filter_map(|word| CString::new(word).ok())
+            .collect::<Vec<_>>()
+    };
+    let args = strings(std::env::args_os().map(OsStringExt::into_vec).collect());
+    let env = strings(
+        std::env::vars_os()
+            .map(|(name, value)| [name.into_vec(), b"=".to_vec(), value.into_vec()].concat())
+            .collect(),
+    );
+    let error = execve_fd(
+        safe.as_fd(),
+        &CStringArray::new(args),
+        &CStringArray::new(env),
+    );
+    Err(Error::system("execveat", "/proc/self/exe", error))
+}
+
+/// A file on a read-only mount, or a memory file that is sealed against writing.
+fn is_sealed(exe: &OwnedFd) -> Result<bool> {
+    let stat = rustix::fs::fstatvfs(exe)
+        .map_err(|error| Error::system("fstatvfs", "/proc/self/exe", error))?;
+    if stat.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
+        return Ok(true);
+    }
+    Ok(rustix::fs::fcntl_get_seals(exe).is_ok_and(|seals| seals.contains(SealFlags::WRITE)))
+}
+
+fn read_only_mount() -> std::io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let mount = open_tree(CWD, EXE, flags)?;
+    let attributes = Attributes {
+        set: libc::MOUNT_ATTR_RDONLY,
+        propagation: libc::MS_PRIVATE,
+        ..Attributes::default()
+    };
+    set_attributes(mount.as_fd(), &attributes, false)?;
+    Ok(mount)
+}
+
+fn memory_copy(exe: OwnedFd) -> Result<OwnedFd> {
+    let fail = |error| Error::system("copy the runtime's binary", "", error);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memory = rustix::fs::memfd_create(c"coracle", flags)
+        .map_err(|error| Error::system("memfd_create", "", error))?;
+    let mut file = std::fs::File::from(memory);
+    std::io::copy(&mut std::fs::File::from(exe).by_ref(), &mut file).map_err(fail)?;
+    let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+    rustix::fs::fcntl_add_seals(&file, seals)
+        .map_err(|error| Error::system("fcntl(F_ADD_SEALS)", "", error))?;
+    Ok(OwnedFd::from(file))
+}
