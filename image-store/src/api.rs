@@ -8,7 +8,6 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{Digest, ImageId};
-use crate::error::{Error, ErrorKind};
 
 /// Where the store lives and how it pulls.
 #[derive(Debug, Clone)]
@@ -187,88 +186,25 @@ impl Snapshot {
     }
 }
 
-/// The store. Cheap to clone; all clones share one state.
-#[derive(Debug, Clone)]
-pub struct ImageStore {}
-
-fn unfinished() -> Error {
-    Error::new(ErrorKind::Unsupported, "image store", "not built yet")
-}
-
-impl ImageStore {
-    /// Opens the store, recovering what a crash left: staging is removed, unreachable layers are
-    /// collected in the background.
-    pub fn open(config: StoreConfig) -> Result<ImageStore, Error> {
-        let _ = config;
-        Err(unfinished())
-    }
-
-    /// Pulls an image. The work is detached from this future: dropping it does not stop the pull,
-    /// and identical pulls are joined.
-    pub async fn pull(&self, req: PullRequest) -> Result<Image, Error> {
-        let _ = req;
-        Err(unfinished())
-    }
-
-    /// All images, ordered by id.
-    pub fn list(&self) -> Vec<Image> {
-        Vec::new()
-    }
-
-    /// Finds an image by tag, digest reference, id, bare hex or unique prefix of it.
-    pub fn resolve(&self, name_or_id: &str) -> Option<Image> {
-        let _ = name_or_id;
-        None
-    }
-
-    /// Removes an image with all its names. `false`: it was not there.
-    pub fn remove(&self, name_or_id: &str) -> Result<bool, Error> {
-        let _ = name_or_id;
-        Err(unfinished())
-    }
-
-    /// Space used by layers. O(1).
-    pub fn fs_info(&self) -> FsInfo {
-        FsInfo {
-            mountpoint: PathBuf::new(),
-            bytes: 0,
-            inodes: 0,
-            timestamp_ns: 0,
-        }
-    }
-
-    /// Makes (or finds) the snapshot `key` on top of an image.
-    pub fn create_snapshot(&self, key: &str, image_id: &ImageId) -> Result<Snapshot, Error> {
-        let _ = (key, image_id);
-        Err(unfinished())
-    }
-
-    /// The snapshot `key`, if it exists.
-    pub fn snapshot(&self, key: &str) -> Option<Snapshot> {
-        let _ = key;
-        None
-    }
-
-    /// Keys of all snapshots.
-    pub fn snapshots(&self) -> Vec<String> {
-        Vec::new()
-    }
-
-    /// Removes a snapshot; succeeds when it is absent.
-    pub fn remove_snapshot(&self, key: &str) -> Result<(), Error> {
-        let _ = key;
-        Err(unfinished())
-    }
-
-    /// Space used by the upper directory.
-    pub fn snapshot_usage(&self, key: &str) -> Result<Usage, Error> {
-        let _ = key;
-        Err(unfinished())
-    }
-
-    /// The layer directories of an image, top first, for reading only.
-    pub fn layer_dirs(&self, image_id: &ImageId) -> Result<Vec<PathBuf>, Error> {
-        let _ = image_id;
-        Err(unfinished())
-    }
+/// Where the time of a pull went. Layers overlap, so stage times add up to more than `total`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PullTimes {
+    /// Manifest and config.
+    pub resolve: Duration,
+    /// From the first layer's request to the last layer's verified end.
+    pub layers: Duration,
+    /// Waiting for bytes of layers, summed.
+    pub network: Duration,
+    /// Hashing and decompressing, summed.
+    pub inflate: Duration,
+    /// Hashing and extracting, summed.
+    pub extract: Duration,
+    /// Syncing, renaming and recording.
+    pub commit: Duration,
+    /// The whole pull.
+    pub total: Duration,
+    /// Layers that were fetched; the others were here.
+    pub fetched: usize,
+    /// Bytes of the layers fetched.
+    pub bytes: u64,
 }

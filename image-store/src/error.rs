@@ -67,7 +67,8 @@ pub struct Error {
     source: Option<Source>,
 }
 
-pub(crate) type Result<T> = std::result::Result<T, Error>;
+/// What fallible operations of this crate return.
+pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     pub(crate) fn new(

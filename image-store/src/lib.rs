@@ -15,12 +15,22 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod content;
 mod digest;
 mod error;
+mod gc;
+mod lock;
+mod pull;
+mod reference;
+mod registry;
+mod snapshot;
+mod store;
+mod unpack;
 
 pub use api::{
-    Auth, FsInfo, Image, ImageConfig, ImageStore, LayerInfo, PullRequest, Snapshot, StoreConfig,
+    Auth, FsInfo, Image, ImageConfig, LayerInfo, PullRequest, PullTimes, Snapshot, StoreConfig,
     Usage,
 };
 pub use digest::{Algorithm, Digest, ImageId};
-pub use error::{Error, ErrorKind};
+pub use error::{Error, ErrorKind, Result};
+pub use store::ImageStore;
