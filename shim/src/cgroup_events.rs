@@ -1,0 +1,121 @@
+//! Tells which tasks the OOM killer has struck.
+//!
+//! v2: one inotify over every memory.events. v1: one eventfd registered with every
+//! memory.oom_control. Either only says "look": the truth is the oom_kill counter, which is also
+//! read before an exit is reported.
+//! Owns: the two descriptors and the last counter of each task.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+
+use rustix::event::EventfdFlags;
+use rustix::fs::inotify;
+
+use crate::cgroup::Cgroup;
+use crate::poll::{Endpoint, Interest, Poll, Source};
+
+struct Watched {
+    cgroup: Cgroup,
+    seen: u64,
+    descriptor: Option<i32>,
+}
+
+#[derive(Default)]
+pub struct OomWatch {
+    inotify: Option<Endpoint>,
+    eventfd: Option<Endpoint>,
+    tasks: BTreeMap<String, Watched>,
+}
+
+impl OomWatch {
+    /// Begins to watch. A cgroup without a memory controller has nothing to tell.
+    pub fn add(&mut self, poll: &Poll, id: &str, cgroup: &Cgroup) -> io::Result<()> {
+        let Some(file) = cgroup.oom_file() else {
+            return Ok(());
+        };
+        let mut descriptor = None;
+        if cgroup.v2.is_some() {
+            let set = match &self.inotify {
+                Some(set) => set,
+                None => {
+                    let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
+                    let mut set = Endpoint::new(inotify::init(flags)?, Source::MemoryEvents);
+                    set.watch(poll, Interest::READ)?;
+                    self.inotify.insert(set)
+                }
+            };
+            let mask = inotify::WatchFlags::MODIFY;
+            descriptor = Some(inotify::add_watch(set.fd(), &file, mask)?);
+        } else {
+            let event = match &self.eventfd {
+                Some(event) => event,
+                None => {
+                    let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+                    let fd = rustix::event::eventfd(0, flags)?;
+                    let mut event = Endpoint::new(fd, Source::OomControl);
+                    event.watch(poll, Interest::READ)?;
+                    self.eventfd.insert(event)
+                }
+            };
+            let control = std::fs::File::open(&file)?;
+            let line = format!("{} {}", event.fd().as_raw_fd(), control.as_raw_fd());
+            std::fs::write(file.with_file_name("cgroup.event_control"), line)?;
+        }
+        let seen = cgroup.oom_kills().unwrap_or(0);
+        self.tasks.insert(
+            id.to_owned(),
+            Watched {
+                cgroup: cgroup.clone(),
+                seen,
+                descriptor,
+            },
+        );
+        Ok(())
+    }
+
+    pub fn remove(&mut self, id: &str) {
+        let Some(watched) = self.tasks.remove(id) else {
+            return;
+        };
+        if let (Some(set), Some(descriptor)) = (&self.inotify, watched.descriptor) {
+            // The kernel has removed it already when the cgroup is gone.
+            let _ = inotify::remove_watch(set.fd(), descriptor);
+        }
+        if self.tasks.is_empty() {
+            *self = OomWatch::default();
+        }
+    }
+
+    /// Empties the descriptor that became ready.
+    pub fn acknowledge(&self, source: Source) {
+        let endpoint = match source {
+            Source::MemoryEvents => &self.inotify,
+            _ => &self.eventfd,
+        };
+        if let Some(endpoint) = endpoint {
+            let mut buffer = [MaybeUninit::<u8>::uninit(); 1024];
+            while rustix::io::read(endpoint.fd(), &mut buffer).is_ok_and(|(got, _)| !got.is_empty())
+            {
+            }
+        }
+    }
+
+    /// Tasks struck since the last look.
+    pub fn struck(&mut self) -> Vec<String> {
+        let ids: Vec<String> = self.tasks.keys().cloned().collect();
+        ids.into_iter().filter(|id| self.struck_one(id)).collect()
+    }
+
+    /// Whether this task was struck since the last look.
+    pub fn struck_one(&mut self, id: &str) -> bool {
+        let Some(watched) = self.tasks.get_mut(id) else {
+            return false;
+        };
+        let now = watched.cgroup.oom_kills().unwrap_or(watched.seen);
+        let struck = now > watched.seen;
+        watched.seen = now;
+        struck
+    }
+}

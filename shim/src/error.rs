@@ -1,0 +1,90 @@
+//! The shim's one error type. Its kind is what the wire shows as a gRPC code.
+//!
+//! Owns: kinds, and how an error reads. Never decides what to do about one.
+
+use std::fmt;
+use std::io;
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Invalid,
+    NotFound,
+    AlreadyExists,
+    Precondition,
+    Unsupported,
+    Internal,
+    Unavailable,
+}
+
+impl Kind {
+    /// The gRPC code: <https://grpc.io/docs/guides/status-codes/>.
+    pub fn code(self) -> i32 {
+        match self {
+            Kind::Invalid => 3,
+            Kind::NotFound => 5,
+            Kind::AlreadyExists => 6,
+            Kind::Precondition => 9,
+            Kind::Unsupported => 12,
+            Kind::Internal => 13,
+            Kind::Unavailable => 14,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct Error {
+    kind: Kind,
+    operation: &'static str,
+    subject: String,
+    source: Option<String>,
+}
+
+impl Error {
+    pub fn new(kind: Kind, operation: &'static str, subject: impl Into<String>) -> Self {
+        Error {
+            kind,
+            operation,
+            subject: subject.into(),
+            source: None,
+        }
+    }
+
+    /// A failed system call or file operation.
+    pub fn io(
+        operation: &'static str,
+        subject: impl Into<String>,
+        e: impl Into<io::Error>,
+    ) -> Self {
+        Error::new(Kind::Internal, operation, subject).source(e.into())
+    }
+
+    pub fn source(mut self, source: impl fmt::Display) -> Self {
+        self.source = Some(source.to_string());
+        self
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.operation)?;
+        if !self.subject.is_empty() {
+            write!(f, " {}", self.subject)?;
+        }
+        match &self.source {
+            Some(source) => write!(f, ": {source}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+pub fn not_found(what: &'static str, id: &str) -> Error {
+    Error::new(Kind::NotFound, what, format!("{id}: not found"))
+}

@@ -1,0 +1,160 @@
+//! The shim's own unix socket: its name, how it is bound, and whether somebody serves it.
+//!
+//! Owns: the rule that one name has one server. Binding happens under a lock of the directory,
+//! so that of two starts of one group exactly one serves and the other finds it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Kind, Result};
+
+pub const DEFAULT_DIR: &str = "/run/containerd/s";
+/// sockaddr_un.sun_path with its final zero.
+const MAX_PATH: usize = 107;
+
+/// Runs `create` under umask 0177: a socket's mode is its creator's umask.
+pub fn private<T>(create: impl FnOnce() -> T) -> T {
+    let before = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
+    let made = create();
+    rustix::process::umask(before);
+    made
+}
+
+/// containerd's name: the hash of the joined containerd address, namespace and group.
+pub fn path(dir: &Path, address: &str, namespace: &str, group: &str) -> Result<PathBuf> {
+    let parts = [address, namespace, group];
+    let joined: Vec<&str> = parts.into_iter().filter(|p| !p.is_empty()).collect();
+    let digest = Sha256::digest(joined.join("/").as_bytes());
+    let mut name: String = digest.iter().map(|b| format!("{b:02x}")).collect();
+    // A long directory shortens the name; 128 bits of it must stay.
+    let room = MAX_PATH.saturating_sub(dir.as_os_str().len() + 1);
+    if room < 32 {
+        return Err(
+            Error::new(Kind::Invalid, "socket directory", dir.display().to_string())
+                .source("path too long for a unix socket"),
+        );
+    }
+    name.truncate(room);
+    Ok(dir.join(name))
+}
+
+pub fn stream() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        flags,
+        None,
+    )?)
+}
+
+pub fn connect(socket: impl AsFd, path: &Path) -> io::Result<()> {
+    Ok(rustix::net::connect(
+        socket,
+        &SocketAddrUnix::new(path.as_os_str().as_bytes())?,
+    )?)
+}
+
+/// Somebody accepts there. A full queue (EAGAIN) is somebody who is slow.
+pub fn served(path: &Path) -> bool {
+    match stream().and_then(|s| connect(s, path)) {
+        Ok(()) => true,
+        Err(e) => e.kind() == io::ErrorKind::WouldBlock,
+    }
+}
+
+pub enum Bound {
+    Listening(OwnedFd),
+    /// The group's shim is there already.
+    Served,
+}
+
+pub fn bind(path: &Path) -> Result<Bound> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let failed = |operation, e: io::Error| Error::io(operation, path.display().to_string(), e);
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|e| failed("create directory of", e))?;
+    let lock = rustix::fs::open(
+        dir,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(|e| failed("open directory of", e.into()))?;
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive)
+        .map_err(|e| failed("lock directory of", e.into()))?;
+    let address = SocketAddrUnix::new(path.as_os_str().as_bytes())
+        .map_err(|e| failed("address", e.into()))?;
+    let socket = stream().map_err(|e| failed("socket", e))?;
+    let mut bound = private(|| rustix::net::bind(&socket, &address));
+    if bound == Err(rustix::io::Errno::ADDRINUSE) {
+        if served(path) {
+            return Ok(Bound::Served);
+        }
+        std::fs::remove_file(path).map_err(|e| failed("unlink", e))?;
+        bound = private(|| rustix::net::bind(&socket, &address));
+    }
+    bound.map_err(|e| failed("bind", e.into()))?;
+    rustix::net::listen(&socket, 128).map_err(|e| failed("listen", e.into()))?;
+    Ok(Bound::Listening(socket))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn name_is_the_hash_of_the_joined_path() {
+        let got = path(
+            Path::new("/run/containerd/s"),
+            "/run/containerd/containerd.sock",
+            "default",
+            "x",
+        )
+        .unwrap();
+        let digest = Sha256::digest(b"/run/containerd/containerd.sock/default/x");
+        let name: String = digest.iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(got, Path::new("/run/containerd/s").join(name));
+    }
+
+    #[test]
+    fn long_directories_shorten_the_name_or_fail() {
+        let dir = format!("/{}", "d".repeat(60));
+        assert_eq!(
+            path(Path::new(&dir), "", "n", "g")
+                .unwrap()
+                .as_os_str()
+                .len(),
+            MAX_PATH
+        );
+        let dir = format!("/{}", "d".repeat(90));
+        assert!(path(Path::new(&dir), "", "n", "g").is_err());
+    }
+
+    #[test]
+    fn second_bind_finds_the_first_and_a_stale_file_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s/x");
+        let Bound::Listening(first) = bind(&path).unwrap() else {
+            panic!()
+        };
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert!(matches!(bind(&path).unwrap(), Bound::Served));
+        drop(first);
+        assert!(!served(&path));
+        assert!(matches!(bind(&path).unwrap(), Bound::Listening(_)));
+    }
+}

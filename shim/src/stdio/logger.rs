@@ -1,0 +1,108 @@
+//! A logging binary (`binary://`): it holds the read ends of the process's pipes itself.
+//!
+//! Contract: stdout on 3, stderr on 4; it closes 5 when it is ready; CONTAINER_ID and
+//! CONTAINER_NAMESPACE are set. It ends by itself at the end of its input; at Delete it gets a
+//! little time, then SIGTERM, then SIGKILL.
+//! Owns: its pid until the reaper has seen it, and the pipe of its readiness.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use coracle_sys::spawn::Spawn;
+
+use crate::error::{Error, Kind, Result};
+use crate::poll::{Endpoint, Interest, Poll, Source};
+
+pub struct Logger {
+    pid: i32,
+    ready: Option<Endpoint>,
+    alive: bool,
+}
+
+pub struct Start<'a> {
+    pub program: &'a Path,
+    pub args: &'a [String],
+    pub container: &'a str,
+    pub namespace: &'a str,
+    pub stdout: &'a OwnedFd,
+    pub stderr: &'a OwnedFd,
+    pub null: &'a OwnedFd,
+}
+
+impl Logger {
+    pub fn start(poll: &Poll, io: u32, start: &Start<'_>) -> Result<Logger> {
+        let failed = |e: std::io::Error| {
+            Error::new(
+                Kind::Invalid,
+                "start logging binary",
+                start.program.display().to_string(),
+            )
+            .source(e)
+        };
+        let text = |bytes: &[u8]| CString::new(bytes).map_err(|e| failed(e.into()));
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .map_err(|e| failed(e.into()))?;
+        super::set_nonblocking(&read).map_err(failed)?;
+        let program = text(start.program.as_os_str().as_bytes())?;
+        let mut args = vec![program.clone()];
+        for arg in start.args {
+            args.push(text(arg.as_bytes())?);
+        }
+        let mut env = crate::process::environment();
+        env.push(text(
+            format!("CONTAINER_ID={}", start.container).as_bytes(),
+        )?);
+        env.push(text(
+            format!("CONTAINER_NAMESPACE={}", start.namespace).as_bytes(),
+        )?);
+        let null = start.null.as_fd();
+        let fds = [
+            (null, 0),
+            (null, 1),
+            (null, 2),
+            (start.stdout.as_fd(), 3),
+            (start.stderr.as_fd(), 4),
+            (write.as_fd(), 5),
+        ];
+        let spawn = Spawn {
+            program: &program,
+            args: &args,
+            env: &env,
+            fds: &fds,
+            new_session: false,
+            cwd: None,
+        };
+        let pid = spawn.run().map_err(failed)?;
+        let mut ready = Endpoint::new(read, Source::Stdio(io, super::part::LOGGER_READY));
+        ready.watch(poll, Interest::READ).map_err(failed)?;
+        Ok(Logger {
+            pid,
+            ready: Some(ready),
+            alive: true,
+        })
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    pub fn alive(&self) -> bool {
+        self.alive
+    }
+
+    /// Wrote to or closed its descriptor 5.
+    pub fn ready(&mut self) {
+        self.ready = None;
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.ready.is_none()
+    }
+
+    pub fn exited(&mut self) {
+        self.alive = false;
+        self.ready = None;
+    }
+}
