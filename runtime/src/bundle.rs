@@ -41,31 +41,42 @@ impl Bundle {
 }
 
 /// Reads a regular file of at most [`MAX_CONFIG`] bytes.
-///
-/// # Errors
-/// It cannot be read, is no regular file, or is larger.
-pub fn read_bounded(path: &Path) -> Result<Vec<u8>> {
-    use rustix::fs::{Mode, OFlags};
+fn read_bounded(path: &Path) -> Result<Vec<u8>> {
+    use rustix::fs::{FileType, Mode, OFlags};
     let subject = || path.display().to_string();
     // O_NONBLOCK: a fifo in the file's place must not hang the runtime.
-    let fd = rustix::fs::open(
-        path,
-        OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
-        Mode::empty(),
-    )
-    .map_err(|error| Error::system("open", subject(), error))?;
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let fd = rustix::fs::open(path, flags, Mode::empty())
+        .map_err(|error| Error::system("open", subject(), error))?;
     let stat = rustix::fs::fstat(&fd).map_err(|error| Error::system("fstat", subject(), error))?;
-    if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(Error::invalid(format!(
             "{} is not a regular file",
             path.display()
         )));
     }
-    let mut bytes = Vec::with_capacity(usize::try_from(stat.st_size).unwrap_or(0) + 1);
-    std::fs::File::from(fd)
-        .take(MAX_CONFIG + 1)
+    read_all(
+        std::fs::File::from(fd),
+        usize::try_from(stat.st_size).unwrap_or(0),
+        path,
+    )
+}
+
+/// Reads a document that a caller names: a file, or a pipe.
+///
+/// # Errors
+/// It cannot be read, or is larger than any such document.
+pub fn read_document(path: &Path) -> Result<Vec<u8>> {
+    let file = std::fs::File::open(path)
+        .map_err(|error| Error::system("open", path.display().to_string(), error))?;
+    read_all(file, 0, path)
+}
+
+fn read_all(file: std::fs::File, size: usize, path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(size + 1);
+    file.take(MAX_CONFIG + 1)
         .read_to_end(&mut bytes)
-        .map_err(|error| Error::system("read", subject(), error))?;
+        .map_err(|error| Error::system("read", path.display().to_string(), error))?;
     if bytes.len() as u64 > MAX_CONFIG {
         return Err(Error::invalid(format!(
             "{} is larger than {MAX_CONFIG} bytes",

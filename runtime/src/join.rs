@@ -1,1 +1,303 @@
-//! Being written.
+//! `exec`: one more process in a container that runs.
+//!
+//! ```text
+//! record + config + process -> JoinPlan
+//! parent: setns(pid) -> clone3(INTO_CGROUP) -> setns(own pid)    child: setns(all others)
+//!         limits, score, console                                        identity -> execve
+//! ```
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use coracle_oci::record::ContainerRecord;
+use coracle_oci::spec::{Linux, Process};
+use coracle_oci::state::{State, Status};
+use coracle_sys::clone::{Side, exit_now};
+use coracle_sys::exec;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::thread::ThreadNameSpaceType;
+
+use crate::cgroup::Cgroup;
+use crate::console::{self, ConsoleSocket};
+use crate::error::{Error, Kind, Result};
+use crate::init::identity::{self, LabelFiles};
+use crate::init::resolve::Root;
+use crate::init::{self, Never, program};
+use crate::launch::channel::Channel;
+use crate::launch::{self, Conversation, process};
+use crate::plan::{LaunchOptions, ProcessPlan};
+use crate::seccomp;
+use crate::state::open_process;
+
+/// What `exec` asks for.
+#[derive(Debug)]
+pub struct Request<'a> {
+    pub record: &'a ContainerRecord,
+    pub linux: Option<&'a Linux>,
+    pub process: &'a Process,
+    pub options: LaunchOptions,
+    /// `--cgroup`, as given.
+    pub cgroups: &'a [String],
+    pub seccomp_cache: &'a Path,
+    pub console: Option<ConsoleSocket>,
+}
+
+/// A process of the container with one step left.
+#[derive(Debug)]
+pub struct Joined {
+    pub pid: i32,
+    pub pidfd: OwnedFd,
+    pub master: Option<OwnedFd>,
+    channel: Channel,
+}
+
+/// Makes the process.
+///
+/// # Errors
+/// Anything; the process is gone then.
+pub fn join(request: Request<'_>) -> Result<Joined> {
+    let mut plan = ProcessPlan::new(request.process, request.linux, &request.options)?;
+    if let Some(profile) = request.linux.and_then(|linux| linux.seccomp().as_ref()) {
+        plan.seccomp = Some(seccomp::cache::load_or_compile(
+            request.seccomp_cache,
+            profile,
+            seccomp::Abi::native(),
+        )?);
+    }
+    let init = open_process(request.record.init())?
+        .ok_or_else(|| Error::new(Kind::State, "cannot exec in a stopped container", ""))?;
+    let namespaces = Namespaces::of(request.record)?;
+    let cgroup = Cgroup::open(&request.record.cgroup).exec_subpath(request.cgroups)?;
+    let keyring = crate::plan::c_string("id", format!("_ses.{}", request.record.id).as_bytes())?;
+    if let Some(cpus) = &plan.initial_affinity {
+        identity::set_affinity(cpus)?;
+    }
+    let child = Child {
+        plan: &plan,
+        init: init.as_fd(),
+        namespaces,
+        keyring: &keyring,
+    };
+    let (channel, pid, pidfd) = place(&child, &cgroup, request.record, request.cgroups)?;
+    let state = State::new(request.record, Status::Running);
+    let mut conversation = Conversation {
+        channel: &channel,
+        seccomp: plan.seccomp.as_ref(),
+        hooks: None,
+        state: &state,
+        console: request.console,
+        master: None,
+    };
+    let ready = conversation
+        .until_ready(pid)
+        .and_then(|()| match plan.oom_score_adj {
+            Some(adjustment) => process::set_oom_score_adj(pid, adjustment),
+            None => Ok(()),
+        });
+    let master = conversation.master;
+    match ready {
+        Ok(()) => Ok(Joined {
+            pid,
+            pidfd,
+            master,
+            channel,
+        }),
+        Err(error) => {
+            process::end(pid, pidfd.as_fd())?;
+            Err(error)
+        }
+    }
+}
+
+impl Joined {
+    /// Lets the process execute its program.
+    ///
+    /// # Errors
+    /// It could not be executed; the process is gone then.
+    pub fn execute(&self) -> Result<()> {
+        let executed = self
+            .channel
+            .proceed()
+            .and_then(|()| launch::until_executed(&self.channel));
+        if executed.is_err() {
+            process::end(self.pid, self.pidfd.as_fd())?;
+        }
+        executed
+    }
+}
+
+/// The container's namespaces, as setns(2) on a pidfd takes them.
+#[derive(Debug, Clone, Copy)]
+struct Namespaces {
+    /// All but the pid namespace.
+    inside: ThreadNameSpaceType,
+    pid: bool,
+    user: bool,
+}
+
+impl Namespaces {
+    fn of(record: &ContainerRecord) -> Result<Self> {
+        let mut inside = ThreadNameSpaceType::empty();
+        for namespace in &record.namespaces {
+            inside |= match namespace.kind.as_str() {
+                "mnt" => ThreadNameSpaceType::MOUNT,
+                "cgroup" => ThreadNameSpaceType::CONTROL_GROUP,
+                "uts" => ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME,
+                "ipc" => ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION,
+                "user" => ThreadNameSpaceType::USER,
+                "pid" => ThreadNameSpaceType::PROCESS_ID,
+                "net" => ThreadNameSpaceType::NETWORK,
+                "time" => ThreadNameSpaceType::TIME,
+                other => {
+                    return Err(Error::invalid(format!(
+                        "unknown namespace {other:?} in state"
+                    )));
+                }
+            };
+        }
+        // Joining the user namespace one is in already is refused (EINVAL), and needless.
+        if inside.contains(ThreadNameSpaceType::USER) && same_user_namespace(record.init_pid) {
+            inside.remove(ThreadNameSpaceType::USER);
+        }
+        let pid = inside.contains(ThreadNameSpaceType::PROCESS_ID);
+        inside.remove(ThreadNameSpaceType::PROCESS_ID);
+        Ok(Self {
+            inside,
+            pid,
+            user: inside.contains(ThreadNameSpaceType::USER),
+        })
+    }
+}
+
+fn same_user_namespace(pid: i32) -> bool {
+    let inode = |path: &str| {
+        rustix::fs::statat(CWD, path, AtFlags::empty()).map(|stat| (stat.st_dev, stat.st_ino))
+    };
+    match (
+        inode("/proc/self/ns/user"),
+        inode(&format!("/proc/{pid}/ns/user")),
+    ) {
+        (Ok(own), Ok(other)) => own == other,
+        _ => false,
+    }
+}
+
+/// Clones into the container's cgroup; where that takes no processes any more, into the one that
+/// its init has moved to.
+fn place(
+    child: &Child<'_>,
+    cgroup: &Cgroup,
+    record: &ContainerRecord,
+    asked: &[String],
+) -> Result<(Channel, i32, OwnedFd)> {
+    match child.make(cgroup) {
+        Err(error)
+            if asked.is_empty()
+                && matches!(
+                    error.errno(),
+                    Some(libc::EBUSY | libc::EOPNOTSUPP | libc::ENOENT | libc::ENODEV)
+                ) =>
+        {
+            child
+                .make(&cgroup.of_process(record.init_pid)?)
+                .map_err(|_| error)
+        }
+        made => made,
+    }
+}
+
+/// What the new process needs.
+struct Child<'a> {
+    plan: &'a ProcessPlan,
+    init: BorrowedFd<'a>,
+    namespaces: Namespaces,
+    keyring: &'a std::ffi::CString,
+}
+
+impl Child<'_> {
+    fn make(&self, cgroup: &Cgroup) -> Result<(Channel, i32, OwnedFd)> {
+        let target = cgroup.clone_into()?;
+        let joins = cgroup.self_join()?;
+        let (mine, theirs) = Channel::pair()?;
+        let own = if self.namespaces.pid {
+            Some(self.enter_pid_namespace()?)
+        } else {
+            None
+        };
+        let side = launch::clone(0, target.as_ref().map(AsFd::as_fd));
+        if let Ok(Side::Child) = side {
+            drop(mine);
+            self.run(&joins, &theirs)
+        }
+        if let Some(own) = own {
+            init::enter(
+                c"/proc/self/ns/pid",
+                coracle_oci::spec::LinuxNamespaceType::Pid,
+                &own,
+            )?;
+        }
+        match side? {
+            Side::Parent { pid, pidfd } => Ok((mine, pid, pidfd)),
+            Side::Child => Err(Error::new(Kind::Internal, "clone returned twice", "")),
+        }
+    }
+
+    /// Takes effect for children only; the namespace to come back to is given back.
+    fn enter_pid_namespace(&self) -> Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let own = rustix::fs::open(c"/proc/self/ns/pid", flags, Mode::empty())
+            .map_err(|error| Error::system("open", "/proc/self/ns/pid", error))?;
+        rustix::thread::move_into_thread_name_spaces(self.init, ThreadNameSpaceType::PROCESS_ID)
+            .map_err(|error| Error::system("setns(CLONE_NEWPID)", "the container's init", error))?;
+        Ok(own)
+    }
+
+    fn run(&self, joins: &[OwnedFd], channel: &Channel) -> ! {
+        let error = match self.steps(joins, channel) {
+            Ok(never) => match never {},
+            Err(error) => error,
+        };
+        // Without the parent there is nobody to tell.
+        let _ = channel.report_failure(&error);
+        exit_now(1)
+    }
+
+    fn steps(&self, joins: &[OwnedFd], channel: &Channel) -> Result<Never> {
+        let plan = self.plan;
+        init::join_cgroup(joins)?;
+        init::new_session()?;
+        // While the host's /proc is still there.
+        let labels = LabelFiles::open(plan)?;
+        process::set_limits(None, &plan.rlimits)?;
+        if !self.namespaces.inside.is_empty() {
+            rustix::thread::move_into_thread_name_spaces(self.init, self.namespaces.inside)
+                .map_err(|error| {
+                    Error::system(
+                        format!("setns({:#x})", self.namespaces.inside.bits()),
+                        "the container's init",
+                        error,
+                    )
+                })?;
+        }
+        if self.namespaces.user {
+            init::become_root()?;
+        }
+        init::join_keyring(self.keyring)?;
+        if plan.terminal {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let root = rustix::fs::open(c"/", flags, Mode::empty())
+                .map_err(|error| Error::system("open", "/", error))?;
+            let slave = init::open_console(&Root::new(root), plan, channel)?;
+            console::take(&slave)?;
+        }
+        let home = plan.needs_home.then(|| program::home(plan.uid));
+        identity::apply(plan, &labels, channel)?;
+        let file = program::find(plan)?;
+        identity::close_others(plan)?;
+        exec::reset_signals().map_err(|error| Error::system("sigaction", "", error))?;
+        identity::load_filter_late(plan, channel)?;
+        channel.report_ready()?;
+        channel.wait()?;
+        Err(init::execute(plan, &file, home))
+    }
+}

@@ -53,10 +53,7 @@ impl ContainerArgs {
     /// # Errors
     /// A promised fd is not there.
     pub fn prepare(&self) -> Result<LaunchOptions> {
-        let listen_fds = listen_fds();
-        for fd in 3..3_i64 + i64::from(self.preserve_fds) + i64::from(listen_fds) {
-            check_inherited(fd)?;
-        }
+        let listen_fds = check_inherited_fds(self.preserve_fds)?;
         crate::sealed::ensure()?;
         Ok(LaunchOptions {
             no_pivot: self.no_pivot,
@@ -92,16 +89,22 @@ impl ContainerArgs {
 }
 
 /// An fd that the caller promised and did not open would be one of ours by the time of the clone,
-/// and the container would inherit it.
-pub fn check_inherited(fd: i64) -> Result<()> {
-    let open =
-        i32::try_from(fd).is_ok_and(|fd| coracle_sys::process::duplicate_inherited(fd).is_ok());
-    if open {
-        return Ok(());
+/// and the container would inherit it. Gives the number of activation sockets.
+///
+/// # Errors
+/// A promised fd is not there.
+pub fn check_inherited_fds(preserve: u32) -> Result<u32> {
+    let listen_fds = listen_fds();
+    for fd in 3..3_i64 + i64::from(preserve) + i64::from(listen_fds) {
+        let open =
+            i32::try_from(fd).is_ok_and(|fd| coracle_sys::process::duplicate_inherited(fd).is_ok());
+        if !open {
+            return Err(Error::invalid(format!(
+                "unable to preserve fd {fd}: bad file descriptor, check the --preserve-fds count"
+            )));
+        }
     }
-    Err(Error::invalid(format!(
-        "unable to preserve fd {fd}: bad file descriptor, check the --preserve-fds count"
-    )))
+    Ok(listen_fds)
 }
 
 /// Socket activation: how many sockets this very process was given (sd_listen_fds(3)).

@@ -26,6 +26,7 @@ use crate::console::{self, Pty};
 use crate::error::{Error, Kind, Result};
 use crate::hooks;
 use crate::launch::channel::Channel;
+use crate::launch::process::set_limits;
 use crate::plan::namespaces::JoinStep;
 use crate::plan::{NamespacePlan, Plan, ProcessPlan};
 
@@ -115,6 +116,9 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     let mut home = None;
     if process.needs_home {
         home = Some(program::home(process.uid));
+    }
+    if !plan.namespaces.has_user() {
+        set_limits(None, &process.rlimits)?;
     }
     identity::apply(process, &labels, child.channel)?;
     let program = program::find(process)?;

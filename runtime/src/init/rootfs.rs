@@ -45,14 +45,9 @@ pub fn attach_root(plan: &RootfsPlan, early: Option<OwnedFd>) -> Result<Root> {
         Some(tree) => (tree, c"/"),
         None => (clone_tree(&plan.c_path, true)?, plan.c_path.as_c_str()),
     };
-    move_mount(
-        tree.as_fd(),
-        c"",
-        CWD,
-        place,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )
-    .map_err(|error| Error::system("move_mount", plan.path.display().to_string(), error))?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
+    move_mount(tree.as_fd(), c"", CWD, place, flags)
+        .map_err(|error| Error::system("move_mount", plan.path.display().to_string(), error))?;
     Ok(Root::new(tree))
 }
 

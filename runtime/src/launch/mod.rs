@@ -10,6 +10,7 @@
 
 pub mod channel;
 mod clone;
+mod conversation;
 mod early;
 pub mod foreground;
 pub mod gate;
@@ -34,7 +35,6 @@ use crate::cgroup::{self, Cgroup, CgroupPlan, PlanOptions};
 use crate::cli::{GlobalArgs, Rootless};
 use crate::console::ConsoleSocket;
 use crate::error::{Error, Kind, Result};
-use crate::hooks;
 use crate::host::HostFacts;
 use crate::init::{self, Inheritance};
 use crate::plan::{Input, LaunchOptions, Plan, namespace_file};
@@ -46,6 +46,7 @@ use channel::{Channel, Report};
 use undo::Undo;
 
 pub use clone::clone;
+pub use conversation::{Conversation, until_executed};
 
 /// What `create` and `run` ask for.
 #[derive(Debug)]
@@ -319,6 +320,9 @@ fn start(
             gid: &plan.namespaces.gid_map,
             setgroups: plan.namespaces.setgroups_allowed,
         };
+        if !plan.namespaces.needs_stage() {
+            process::set_limits(Some(pid), &plan.process.rlimits)?;
+        }
         idmap::write(pid, maps, &host)?;
         channel.proceed()?;
     }
@@ -329,15 +333,15 @@ fn start(
     undo.poststop(&plan, &state);
     let mut conversation = Conversation {
         channel: &channel,
-        plan: &plan,
+        seccomp: plan.process.seccomp.as_ref(),
+        hooks: Some((&plan.hooks, &record.bundle)),
         state: &state,
         console,
         master: None,
     };
-    conversation.until_ready(&record.bundle, pid)?;
+    conversation.until_ready(pid)?;
     let master = conversation.master;
 
-    process::set_limits(pid, &plan.process.rlimits)?;
     record.init_pid = pid;
     record.init_start_time = process_start_time(pid)?;
     record.created = coracle_oci::time::rfc3339_nano(std::time::SystemTime::now());
@@ -427,7 +431,7 @@ impl Child<'_> {
                 coracle_sys::clone::exit_now(1)
             }
             if staged {
-                let stage::Staged::Init = stage::run(namespaces, &theirs);
+                let stage::Staged::Init = stage::run(self.plan, &theirs);
             }
             init::run(Inheritance {
                 plan: self.plan,
@@ -494,78 +498,6 @@ fn enter_pid_namespace(plan: &Plan) -> Result<Option<OwnedFd>> {
     Ok(Some(own))
 }
 
-/// The parent's half of the talk with the child.
-struct Conversation<'a> {
-    channel: &'a Channel,
-    plan: &'a Plan,
-    state: &'a State,
-    console: Option<ConsoleSocket>,
-    master: Option<OwnedFd>,
-}
-
-impl Conversation<'_> {
-    fn until_ready(&mut self, bundle: &Path, pid: i32) -> Result<()> {
-        loop {
-            match self.channel.next()? {
-                Report::Ready => return Ok(()),
-                Report::Hooks => {
-                    self.hooks(bundle)?;
-                    self.channel.proceed()?;
-                }
-                Report::Console(master) => match &self.console {
-                    Some(socket) => socket.send(master.as_fd(), b"/dev/ptmx")?,
-                    None => self.master = Some(master),
-                },
-                Report::Listener(listener) => {
-                    if let Some(filter) = &self.plan.process.seccomp {
-                        seccomp_agent::send(filter, &listener, pid, self.state)?;
-                    }
-                }
-                Report::Failed(error) => return Err(in_init(error)),
-                Report::Cloned(..) => {
-                    return Err(Error::new(
-                        Kind::Internal,
-                        "unexpected report of a clone",
-                        "",
-                    ));
-                }
-                Report::Closed => {
-                    return Err(Error::new(
-                        Kind::System,
-                        "container init exited prematurely",
-                        "",
-                    ));
-                }
-            }
-        }
-    }
-
-    #[allow(deprecated)]
-    fn hooks(&self, bundle: &Path) -> Result<()> {
-        let hooks = &self.plan.hooks;
-        for (point, list) in [
-            ("prestart", hooks.prestart()),
-            ("createRuntime", hooks.create_runtime()),
-        ] {
-            hooks::run(
-                point,
-                list.as_deref().unwrap_or_default(),
-                self.state,
-                Some(bundle),
-            )?;
-        }
-        Ok(())
-    }
-}
-
-/// runc's words for a failure inside the container; the program's own keep to themselves.
-pub fn in_init(error: Error) -> Error {
-    if error.kind() == Kind::Exec {
-        return error;
-    }
-    error.context("error during container init")
-}
-
 impl Launched {
     /// Lets the init go: to the gate, or to its program.
     ///
@@ -580,11 +512,7 @@ impl Launched {
     /// # Errors
     /// It could not be.
     pub fn until_executed(&self) -> Result<()> {
-        match self.channel.next()? {
-            Report::Closed => Ok(()),
-            Report::Failed(error) => Err(error),
-            _ => Err(Error::new(Kind::Internal, "unexpected report at exec", "")),
-        }
+        until_executed(&self.channel)
     }
 
     /// Kills the init, whatever it is doing, and reaps it.

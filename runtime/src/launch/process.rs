@@ -47,16 +47,15 @@ pub fn exit_code(status: WaitStatus) -> u8 {
     u8::try_from(code & 0xff).unwrap_or(255)
 }
 
-/// Sets the limits of a process that has not executed its program yet.
+/// Sets resource limits: of a child, or of this process.
+///
+/// Across the change of ids only CAP_SYS_RESOURCE sets them, so a process sets its own before it;
+/// in a user namespace that capability does not count, so there they are set before entering it.
 ///
 /// # Errors
 /// A hard limit is raised without CAP_SYS_RESOURCE.
-pub fn set_limits(pid: i32, limits: &[(PosixRlimitType, u64, u64)]) -> Result<()> {
-    let process = if limits.is_empty() {
-        return Ok(());
-    } else {
-        pid_of(pid)?
-    };
+pub fn set_limits(pid: Option<i32>, limits: &[(PosixRlimitType, u64, u64)]) -> Result<()> {
+    let process = pid.map(pid_of).transpose()?;
     for (kind, soft, hard) in limits {
         // RLIM_INFINITY is the largest number in the kernel and None in rustix.
         let value = |limit: u64| (limit != u64::MAX).then_some(limit);
@@ -64,12 +63,9 @@ pub fn set_limits(pid: i32, limits: &[(PosixRlimitType, u64, u64)]) -> Result<()
             current: value(*soft),
             maximum: value(*hard),
         };
-        rustix::process::prlimit(Some(process), resource(*kind), limit).map_err(|error| {
-            Error::system(
-                format!("error setting rlimit {kind} (soft {soft}, hard {hard})"),
-                "",
-                error,
-            )
+        rustix::process::prlimit(process, resource(*kind), limit).map_err(|error| {
+            let what = format!("error setting rlimit {kind} (soft {soft}, hard {hard})");
+            Error::system(what, "", error)
         })?;
     }
     Ok(())

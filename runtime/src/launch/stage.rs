@@ -11,9 +11,10 @@ use rustix::fs::{Mode, OFlags};
 
 use super::channel::Channel;
 use super::clone::clone;
+use super::process;
 use crate::error::{Error, Result};
 use crate::init;
-use crate::plan::NamespacePlan;
+use crate::plan::Plan;
 use crate::plan::namespaces::JoinStep;
 
 /// Whether this process is the stage's child, that is the container's init.
@@ -22,8 +23,8 @@ pub enum Staged {
 }
 
 /// Joins, clones and ends; returns in the clone only.
-pub fn run(plan: &NamespacePlan, channel: &Channel) -> Staged {
-    match steps(plan, channel) {
+pub fn run(plan: &Plan, channel: &Channel) -> Staged {
+    match steps(plan) {
         Ok(Side::Child) => Staged::Init,
         Ok(Side::Parent { pid, pidfd }) => {
             let reported = channel.report_clone(pid, pidfd.as_fd());
@@ -37,7 +38,9 @@ pub fn run(plan: &NamespacePlan, channel: &Channel) -> Staged {
     }
 }
 
-fn steps(plan: &NamespacePlan, _channel: &Channel) -> Result<Side> {
+fn steps(plan: &Plan) -> Result<Side> {
+    process::set_limits(None, &plan.process.rlimits)?;
+    let plan = &plan.namespaces;
     let mut opened: Vec<(&JoinStep, OwnedFd)> = Vec::with_capacity(plan.joins.len());
     for join in &plan.joins {
         let path = join.path.to_string_lossy();

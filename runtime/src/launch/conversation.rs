@@ -1,0 +1,108 @@
+//! The parent's half of the talk with a child that prepares itself.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use coracle_oci::spec::Hooks;
+use coracle_oci::state::State;
+
+use super::channel::{Channel, Report};
+use super::seccomp_agent;
+use crate::console::ConsoleSocket;
+use crate::error::{Error, Kind, Result};
+use crate::hooks;
+use crate::seccomp::Compiled;
+
+/// Who talks, and what the parent does when asked.
+#[derive(Debug)]
+pub struct Conversation<'a> {
+    pub channel: &'a Channel,
+    pub seccomp: Option<&'a Compiled>,
+    /// The hooks of the runtime's side and their directory; none for an exec.
+    pub hooks: Option<(&'a Hooks, &'a Path)>,
+    pub state: &'a State,
+    pub console: Option<ConsoleSocket>,
+    /// The terminal, when there is no socket to send it to.
+    pub master: Option<OwnedFd>,
+}
+
+impl Conversation<'_> {
+    /// Serves the child until only exec is left.
+    ///
+    /// # Errors
+    /// The child's failure, or that of something it asked for.
+    pub fn until_ready(&mut self, pid: i32) -> Result<()> {
+        loop {
+            match self.channel.next()? {
+                Report::Ready => return Ok(()),
+                Report::Hooks => {
+                    self.run_hooks()?;
+                    self.channel.proceed()?;
+                }
+                Report::Console(master) => match &self.console {
+                    Some(socket) => socket.send(master.as_fd(), b"/dev/ptmx")?,
+                    None => self.master = Some(master),
+                },
+                Report::Listener(listener) => {
+                    if let Some(filter) = self.seccomp {
+                        seccomp_agent::send(filter, &listener, pid, self.state)?;
+                    }
+                }
+                Report::Failed(error) => return Err(in_init(error)),
+                Report::Cloned(..) => {
+                    return Err(Error::new(
+                        Kind::Internal,
+                        "unexpected report of a clone",
+                        "",
+                    ));
+                }
+                Report::Closed => {
+                    return Err(Error::new(
+                        Kind::System,
+                        "container init exited prematurely",
+                        "",
+                    ));
+                }
+            }
+        }
+    }
+
+    #[allow(deprecated)]
+    fn run_hooks(&self) -> Result<()> {
+        let Some((hooks, cwd)) = self.hooks else {
+            return Ok(());
+        };
+        for (point, list) in [
+            ("prestart", hooks.prestart()),
+            ("createRuntime", hooks.create_runtime()),
+        ] {
+            hooks::run(
+                point,
+                list.as_deref().unwrap_or_default(),
+                self.state,
+                Some(cwd),
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// runc's words for a failure inside the container; the program's own keep to themselves.
+fn in_init(error: Error) -> Error {
+    if error.kind() == Kind::Exec {
+        return error;
+    }
+    error.context("error during container init")
+}
+
+/// The last word: the channel closes by exec, or brings why not.
+///
+/// # Errors
+/// The program could not be executed.
+pub fn until_executed(channel: &Channel) -> Result<()> {
+    match channel.next()? {
+        Report::Closed => Ok(()),
+        Report::Failed(error) => Err(error),
+        _ => Err(Error::new(Kind::Internal, "unexpected report at exec", "")),
+    }
+}
