@@ -15,7 +15,8 @@ use sha2::{Digest as _, Sha256};
 use super::{Abi, Compiled, MAX_PROGRAM, SockFilter, compile, profile};
 use crate::error::Result;
 
-const DIRECTORY: &str = ".seccomp";
+/// No container id has an `@`.
+const DIRECTORY: &str = "@seccomp";
 /// Changes whenever the same profile may compile to another program.
 const COMPILER: &str = concat!("coracle seccomp 1 ", env!("CARGO_PKG_VERSION"));
 const DIGEST: usize = 32;
