@@ -37,7 +37,7 @@ pub fn attach_root(plan: &RootfsPlan, early: Option<OwnedFd>) -> Result<Root> {
             error,
         )
     })?;
-    if plan.initial_propagation & (libc::MS_SHARED | libc::MS_UNBINDABLE) != 0 {
+    if plan.initial_propagation & libc::MS_SHARED != 0 {
         privatise_parent(&plan.c_path)?;
     }
     let (tree, place) = match early {
@@ -150,7 +150,7 @@ pub fn enter(root: &Root, plan: &RootfsPlan) -> Result<()> {
         // then finds it (pivot_root(2), "pivot_root(".", ".")").
         rustix::process::pivot_root(c".", c".")
             .map_err(|error| Error::system("pivot_root", plan.path.display().to_string(), error))?;
-        if plan.initial_propagation & libc::MS_SLAVE == 0 {
+        if plan.initial_propagation & (libc::MS_SLAVE | libc::MS_PRIVATE) == 0 {
             // Detaching a shared tree would detach it on the host.
             mount_change(
                 c".",
@@ -188,14 +188,16 @@ fn cover_host_filesystems(plan: &RootfsPlan) -> Result<()> {
     let table = std::fs::read("/proc/self/mountinfo")
         .map_err(|error| Error::system("read", "/proc/self/mountinfo", error))?;
     let text = String::from_utf8_lossy(&table);
-    let rootfs = plan.path.to_string_lossy();
+    let rootfs = std::fs::canonicalize(&plan.path)
+        .map_err(|error| Error::system("realpath", plan.path.display().to_string(), error))?;
     let mut points: Vec<&str> = text
         .lines()
         .filter_map(|line| {
             let (left, right) = line.split_once(" - ")?;
             let kind = right.split(' ').next()?;
             let point = left.split(' ').nth(4)?;
-            let host = (kind == "proc" || kind == "sysfs") && !point.starts_with(&*rootfs);
+            let host = (kind == "proc" || kind == "sysfs")
+                && !std::path::Path::new(point).starts_with(&rootfs);
             host.then_some(point)
         })
         .collect();

@@ -53,7 +53,7 @@ pub struct RootfsPlan {
     pub path: PathBuf,
     pub c_path: CString,
     pub readonly: bool,
-    /// What the copied mount tree becomes first: MS_SLAVE | MS_REC unless the spec says otherwise.
+    /// What the copied mount tree becomes first.
     pub initial_propagation: u64,
     /// What the root becomes after pivot_root, if the spec says so.
     pub propagation: Option<u64>,
@@ -148,11 +148,21 @@ fn rootfs(input: &Input<'_>) -> Result<RootfsPlan> {
         c_path: c_string("root.path", path.as_os_str().as_bytes())?,
         path,
         readonly: root.readonly().unwrap_or(false),
-        // runc's default: host mounts made later still arrive, none of ours leaves.
-        initial_propagation: propagation.unwrap_or(libc::MS_SLAVE) | libc::MS_REC,
+        initial_propagation: initial_propagation(propagation),
         propagation,
         no_pivot: input.options.no_pivot,
     })
+}
+
+/// What the copied mount tree becomes before anything is mounted. runc's default: host mounts made
+/// later still arrive, none of ours leaves. An unbindable tree could not be cloned from; that, and
+/// the final form of the root itself, comes last.
+fn initial_propagation(wanted: Option<u64>) -> u64 {
+    match wanted {
+        Some(flags) if flags & libc::MS_SHARED != 0 => flags,
+        Some(flags) if flags & libc::MS_UNBINDABLE == 0 => flags | libc::MS_REC,
+        _ => libc::MS_SLAVE | libc::MS_REC,
+    }
 }
 
 fn sysctls(spec: &CheckedSpec) -> Result<Vec<(CString, Vec<u8>)>> {
