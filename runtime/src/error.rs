@@ -121,12 +121,19 @@ impl fmt::Display for Error {
             f.write_str(&self.subject)?;
         }
         if f.alternate() {
+            // A link without text of its own only gives its source a kind.
+            let mut separator = if self.operation.is_empty() && self.subject.is_empty() {
+                ""
+            } else {
+                ": "
+            };
             let mut next = StdError::source(self);
             while let Some(error) = next {
                 match error.downcast_ref::<Error>() {
-                    Some(own) => write!(f, ": {own}")?,
-                    None => write!(f, ": {}", plain(error))?,
+                    Some(own) => write!(f, "{separator}{own}")?,
+                    None => write!(f, "{separator}{}", plain(error))?,
                 }
+                separator = ": ";
                 next = error.source();
             }
         }

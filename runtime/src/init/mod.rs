@@ -105,6 +105,7 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
         device::mount_console(&root, &pty)?;
         console::take(&pty)?;
     }
+    make_cwd(&root, process)?;
     rootfs::make_read_only(&root, plan)?;
     rootfs::mask(&root, plan)?;
     runtime_hooks(child)?;
@@ -290,6 +291,16 @@ fn sysctls(settings: &[(CString, Vec<u8>)]) -> Result<()> {
         rustix::io::write(&file, value).map_err(fail("write"))?;
     }
     Ok(())
+}
+
+/// Images name working directories that they do not have; runc makes those.
+fn make_cwd(root: &Root, process: &ProcessPlan) -> Result<()> {
+    let path = crate::plan::relative("cwd", process.cwd.to_bytes())?;
+    match root.find(&path) {
+        Err(Errno::NOENT) => root.make_directory(&path, 0o755).map(drop),
+        // Whatever else is wrong with it, the program's own chdir finds.
+        _ => Ok(()),
+    }
 }
 
 /// Opens the container's terminal and hands the master to the parent.

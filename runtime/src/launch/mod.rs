@@ -37,6 +37,7 @@ use crate::console::ConsoleSocket;
 use crate::error::{Error, Kind, Result};
 use crate::host::HostFacts;
 use crate::init::{self, Inheritance};
+use crate::log;
 use crate::plan::{Input, LaunchOptions, Plan, namespace_file};
 use crate::seccomp;
 use crate::spec::CheckedSpec;
@@ -125,6 +126,9 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
         rootless,
     };
     let cgroup_plan = cgroup::plan(config, &request.id, &host.cgroup, cgroup_options)?;
+    for warning in spec.warnings.iter().chain(&cgroup_plan.warnings) {
+        log::warning(request.global, warning);
+    }
     let cgroup_record = cgroup_plan.record();
     let mut plan = Plan::new(Input {
         id: &request.id,
@@ -339,7 +343,9 @@ fn start(
         console,
         master: None,
     };
-    conversation.until_ready(pid)?;
+    conversation
+        .until_ready(pid)
+        .map_err(|error| explain(error, &cgroup))?;
     let master = conversation.master;
 
     record.init_pid = pid;
@@ -362,6 +368,18 @@ fn start(
         master,
         channel,
     })
+}
+
+/// An init that was killed could not say why; the memory cgroup knows the usual reason.
+fn explain(error: Error, cgroup: &Cgroup) -> Error {
+    if cgroup.oom_kills().is_ok_and(|kills| kills > 0) {
+        return Error::new(
+            error.kind(),
+            "container init was OOM-killed (memory limit too low?)",
+            "",
+        );
+    }
+    error
 }
 
 /// The namespaces of the container that differ from the host's, as exec joins them.
