@@ -1,0 +1,286 @@
+//! Owns what happens between two lives of the daemon: records are read, each pod is compared with
+//! its shim (all pods in parallel, one bad pod blocks no other), and what no record names is
+//! removed. Reads are served from the records meanwhile.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::container::state::{ContainerState, Exit};
+use crate::container::{Container, ContainerRecord};
+use crate::daemon::{Daemon, blocking, now_ns};
+use crate::error::{Error, Result};
+use crate::netns;
+use crate::sandbox::state::SandboxState;
+use crate::sandbox::{Sandbox, SandboxRecord};
+use crate::shim_client::{self, STATUS_STOPPED, ShimClient};
+use crate::store::records::Table;
+
+/// What loading the records found that is not part of the tables.
+pub struct Unfinished {
+    /// Sandboxes that nobody was told of: undone.
+    sandboxes: Vec<Arc<Sandbox>>,
+    /// Containers that nobody was told of: erased.
+    containers: Vec<Container>,
+}
+
+impl Daemon {
+    /// Fills the tables from the records. After a reboot everything has ended.
+    pub fn load_records(&self) -> Result<Unfinished> {
+        let mut unfinished = Unfinished {
+            sandboxes: Vec::new(),
+            containers: Vec::new(),
+        };
+        let sandboxes = self.records.load::<SandboxRecord>(Table::Sandboxes)?;
+        let containers = self.records.load::<ContainerRecord>(Table::Containers)?;
+        for (path, why) in sandboxes.quarantined.iter().chain(&containers.quarantined) {
+            tracing::error!(path = %path.display(), why, "unreadable record put aside");
+        }
+        for record in sandboxes.records {
+            let sandbox = Arc::new(Sandbox::new(record));
+            if sandbox.state() == SandboxState::Creating {
+                unfinished.sandboxes.push(sandbox);
+                continue;
+            }
+            if sandbox.fixed.boot_id != self.host.boot_id {
+                self.end_of_boot(&sandbox)?;
+            }
+            let (name, id) = (sandbox.fixed.config.name.clone(), sandbox.fixed.id.clone());
+            self.sandbox_names.restore(name, id.clone());
+            self.registry.sandboxes.insert(id.as_str(), sandbox);
+        }
+        for record in containers.records {
+            let container = Container::new(record);
+            let sandbox_id = container.fixed.sandbox_id.clone();
+            let orphan = self.registry.sandboxes.find(sandbox_id.as_str()).is_err();
+            if orphan || container.state() == ContainerState::Creating {
+                unfinished.containers.push(container);
+                continue;
+            }
+            if container.fixed.boot_id != self.host.boot_id {
+                self.container_end_of_boot(&container)?;
+            }
+            let fixed = &container.fixed;
+            let key = (sandbox_id, fixed.config.name.clone());
+            self.container_names.restore(key, fixed.id.clone());
+            let id = fixed.id.clone();
+            self.registry.containers.insert(id.as_str(), Arc::new(container));
+        }
+        Ok(unfinished)
+    }
+
+    fn end_of_boot(&self, sandbox: &Sandbox) -> Result<()> {
+        sandbox.change(&self.records, |live| {
+            live.shim = None;
+            live.pod_init = None;
+            // `network_held` stays: a CNI plugin may keep leases over a reboot.
+            if live.state == SandboxState::Ready {
+                live.state = SandboxState::Stopping;
+            }
+        })
+    }
+
+    fn container_end_of_boot(&self, container: &Container) -> Result<()> {
+        let started = match container.state() {
+            ContainerState::Running { started_at_ns, .. } => started_at_ns,
+            ContainerState::Created | ContainerState::Creating | ContainerState::Starting => 0,
+            ContainerState::Exited { .. } | ContainerState::Removing { .. } => return Ok(()),
+        };
+        let exit = Exit::unknown("ended by a reboot of the host", started, now_ns());
+        container.change(&self.records, |live| live.state = ContainerState::Exited { exit })
+    }
+
+    /// Brings every pod up to date, then removes what belongs to none.
+    pub async fn recover(self: Arc<Self>, unfinished: Unfinished) {
+        let mut tasks = tokio::task::JoinSet::new();
+        for sandbox in self.registry.sandboxes.all() {
+            let daemon = self.clone();
+            tasks.spawn(async move {
+                if let Err(error) = daemon.recover_pod(&sandbox).await {
+                    tracing::warn!(sandbox = sandbox.id(), %error, "recovery of a pod failed");
+                }
+            });
+        }
+        for sandbox in unfinished.sandboxes {
+            let daemon = self.clone();
+            tasks.spawn(async move {
+                if let Err(error) = daemon.undo_sandbox(&sandbox).await {
+                    tracing::warn!(sandbox = sandbox.id(), %error, "an unfinished pod remains");
+                }
+            });
+        }
+        for container in unfinished.containers {
+            let daemon = self.clone();
+            tasks.spawn(async move {
+                if let Err(error) = daemon.erase_container(&container.fixed).await {
+                    tracing::warn!(container = container.id(), %error, "it remains unfinished");
+                }
+            });
+        }
+        while tasks.join_next().await.is_some() {}
+        self.sweep().await;
+        tracing::info!(
+            sandboxes = self.registry.sandboxes.all().len(),
+            containers = self.registry.containers.all().len(),
+            "recovered"
+        );
+    }
+
+    async fn recover_pod(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<()> {
+        let step = sandbox.step.write().await;
+        let shim = self.running_shim(sandbox).await;
+        for container in self.registry.containers_of(sandbox.id()) {
+            self.recover_container(sandbox, &container, shim.as_ref()).await;
+        }
+        match sandbox.state() {
+            SandboxState::Stopping => self.stop_locked(sandbox).await,
+            SandboxState::Removing => {
+                drop(step);
+                self.remove_sandbox(sandbox).await
+            }
+            SandboxState::Creating | SandboxState::Ready | SandboxState::NotReady => Ok(()),
+        }
+    }
+
+    async fn recover_container(
+        self: &Arc<Self>,
+        sandbox: &Arc<Sandbox>,
+        container: &Arc<Container>,
+        shim: Option<&ShimClient>,
+    ) {
+        let id = container.id();
+        let outcome = match (container.state(), shim) {
+            (ContainerState::Running { .. } | ContainerState::Starting, Some(shim)) => {
+                match shim.status(id, "").await {
+                    Ok(status) => {
+                        self.resume(container, status.pid, status.status)
+                            .map(|()| self.watch(sandbox.clone(), container.clone(), shim.clone()))
+                    }
+                    Err(error) => {
+                        let exit = self.bury(sandbox, container, &error.to_string()).await;
+                        self.settle(container, exit)
+                    }
+                }
+            }
+            (ContainerState::Running { .. } | ContainerState::Starting, None) => {
+                let exit = self.bury(sandbox, container, "the shim died").await;
+                self.settle(container, exit)
+            }
+            (ContainerState::Exited { .. }, Some(shim)) => {
+                shim.delete(id, "").await.map_err(Error::from)
+            }
+            (ContainerState::Removing { .. }, _) => self.remove_container(container).await,
+            (ContainerState::Exited { .. }, None)
+            | (ContainerState::Creating | ContainerState::Created, _) => Ok(()),
+        };
+        if let Err(error) = outcome {
+            tracing::warn!(container = id, %error, "recovery of a container failed");
+        }
+    }
+
+    /// A start that the last daemon did not see the end of, and that the shim has brought to one.
+    fn resume(&self, container: &Container, pid: u32, status: u32) -> Result<()> {
+        if container.state() != ContainerState::Starting || status == STATUS_STOPPED {
+            return Ok(());
+        }
+        let started_at_ns = now_ns();
+        container.change(&self.records, |live| {
+            live.state = ContainerState::Running { pid, started_at_ns };
+        })
+    }
+
+    /// Removes what no record names: snapshots, bundles, namespaces, connections.
+    async fn sweep(self: &Arc<Self>) {
+        let live: HashSet<String> =
+            self.registry.sandboxes.all().iter().map(|s| s.id().to_owned()).collect();
+        if let Err(error) = self.network.gc(&live).await {
+            tracing::warn!(%error, "network clean-up failed");
+        }
+        for key in self.images.snapshots() {
+            if self.registry.containers.find(&key).is_err()
+                && let Err(error) = self.images.remove_snapshot(&key)
+            {
+                tracing::warn!(container = key, %error, "an orphaned snapshot remains");
+            }
+        }
+        for id in orphans(&self.config.state.join("containers"), |id| {
+            self.registry.containers.find(id).is_ok()
+        }) {
+            self.report(&id, self.clear_container_dir(&id).await);
+        }
+        for id in orphans(&self.config.state.join("sandboxes"), |id| live.contains(id)) {
+            self.report(&id, self.clear_sandbox_dir(&id).await);
+        }
+        let volumes = self.config.root.join("volumes");
+        for id in orphans(&volumes, |id| self.registry.containers.find(id).is_ok()) {
+            let _ = std::fs::remove_dir_all(volumes.join(&id));
+        }
+    }
+
+    fn report(&self, id: &str, outcome: Result<()>) {
+        match outcome {
+            Ok(()) => tracing::info!(id, "removed a directory that no record names"),
+            Err(error) => tracing::warn!(id, %error, "a directory that no record names remains"),
+        }
+    }
+
+    async fn clear_container_dir(&self, id: &str) -> Result<()> {
+        let dir = self.config.state.join("containers").join(id);
+        let handler = self.handler("")?;
+        shim_client::delete_leftovers(&handler.shim, id, &dir).await?;
+        blocking(move || remove_tree(&dir)).await
+    }
+
+    async fn clear_sandbox_dir(&self, id: &str) -> Result<()> {
+        let dir = self.config.state.join("sandboxes").join(id);
+        let short = id.get(..24).unwrap_or(id).to_owned();
+        blocking(move || {
+            let pins = ["ns/ipc", "ns/uts", "shm"].map(|name| dir.join(name));
+            for pin in &pins {
+                let _ = netns::remove(pin);
+            }
+            let _ = netns::remove(Path::new(&format!("/run/netns/coracle-{short}")));
+            remove_tree(&dir)
+        })
+        .await
+    }
+
+    /// Asks the runtimes what they can do; the answer is only for Status.
+    pub async fn ask_features(self: Arc<Self>) {
+        let mut features = std::collections::BTreeMap::new();
+        for (name, handler) in &self.handlers {
+            let mut command = tokio::process::Command::new(&handler.runtime);
+            command.arg("features").kill_on_drop(true);
+            let output = tokio::time::timeout(Duration::from_secs(5), command.output()).await;
+            let json: Option<serde_json::Value> = match output {
+                Ok(Ok(output)) => serde_json::from_slice(&output.stdout).ok(),
+                Ok(Err(_)) | Err(_) => None,
+            };
+            let rro = json.is_some_and(|json| {
+                let options = json["mountOptions"].as_array();
+                options.is_some_and(|options| options.iter().any(|option| option == "rro"))
+            });
+            features.insert(name.clone(), rro);
+        }
+        let _ = self.rro_mounts.set(features);
+    }
+}
+
+/// Names in a directory that are ids and not known.
+fn orphans(dir: &Path, known: impl Fn(&str) -> bool) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| crate::id::ContainerId::try_from(name.clone()).is_ok() && !known(name))
+        .collect()
+}
+
+fn remove_tree(dir: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io("remove", dir.display(), e))
+        }
+        _ => Ok(()),
+    }
+}

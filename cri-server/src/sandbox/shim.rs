@@ -1,0 +1,59 @@
+//! Owns the connection between a sandbox and its shim: made when first needed, made again when
+//! the shim died.
+
+use super::Sandbox;
+use crate::daemon::Daemon;
+use crate::error::{Error, Kind, Result};
+use crate::shim_client::{self, ShimClient, ShimError};
+
+impl From<ShimError> for Error {
+    fn from(error: ShimError) -> Self {
+        let kind = match &error {
+            ShimError::Gone => Kind::Unavailable,
+            ShimError::Timeout { .. } => Kind::DeadlineExceeded,
+            ShimError::Status { code: 5, .. } => Kind::NotFound,
+            ShimError::Status { code: 3, .. } => Kind::InvalidArgument,
+            ShimError::Status { code: 9, .. } => Kind::FailedPrecondition,
+            ShimError::Status { code: 12, .. } => Kind::Unimplemented,
+            ShimError::Status { .. } | ShimError::Garbled(_) => Kind::Internal,
+        };
+        Error::new(kind, error.to_string(), "")
+    }
+}
+
+impl Daemon {
+    /// The shim of a sandbox, started if it does not run.
+    pub async fn shim(&self, sandbox: &Sandbox) -> Result<ShimClient> {
+        let mut slot = sandbox.shim.lock().await;
+        if let Some(client) = self.connect(sandbox, &mut slot).await {
+            return Ok(client);
+        }
+        let handler = self.handler(&sandbox.fixed.handler)?;
+        let socket = shim_client::start(&handler.shim, sandbox.id(), &sandbox.fixed.dir).await?;
+        let client = ShimClient::connect(&socket)
+            .await
+            .map_err(|e| Error::io("connect to shim", socket.display(), e))?;
+        *slot = Some(client.clone());
+        sandbox.change(&self.records, |live| live.shim = Some(socket))?;
+        Ok(client)
+    }
+
+    /// The shim of a sandbox, if it runs.
+    pub async fn running_shim(&self, sandbox: &Sandbox) -> Option<ShimClient> {
+        let mut slot = sandbox.shim.lock().await;
+        self.connect(sandbox, &mut slot).await
+    }
+
+    async fn connect(
+        &self,
+        sandbox: &Sandbox,
+        slot: &mut Option<ShimClient>,
+    ) -> Option<ShimClient> {
+        if let Some(client) = slot.as_ref().filter(|client| !client.is_gone()) {
+            return Some(client.clone());
+        }
+        let socket = sandbox.live().shim?;
+        *slot = ShimClient::connect(&socket).await.ok();
+        slot.clone()
+    }
+}
