@@ -194,7 +194,7 @@ fn refuse(error: &clap::Error, argv: &[OsString]) -> ExitCode {
             ExitCode::SUCCESS
         }
         ErrorKind::DisplayHelp | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            let _ = error.print();
+            let _ = std::io::stdout().write_all(error.to_string().as_bytes());
             ExitCode::SUCCESS
         }
         _ => {

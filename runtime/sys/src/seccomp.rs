@@ -6,6 +6,8 @@ use std::os::fd::{FromRawFd as _, OwnedFd};
 /// A BPF program's instruction, laid out as the kernel reads it.
 pub type SockFilter = libc::sock_filter;
 
+const NEW_LISTENER: u32 = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32;
+
 /// `seccomp(SECCOMP_SET_MODE_FILTER)`: puts a filter on the calling thread.
 ///
 /// `flags` are SECCOMP_FILTER_FLAG_*; with NEW_LISTENER the answer is the notification fd, which
@@ -31,7 +33,7 @@ pub fn set_filter(program: &[SockFilter], flags: u32) -> io::Result<Option<Owned
     match result {
         ..0 => Err(io::Error::last_os_error()),
         // Without TSYNC, which we never ask for, a positive result is a listener's fd.
-        fd if u64::from(flags) & libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u64 != 0 => {
+        fd if flags & NEW_LISTENER != 0 => {
             // SAFETY: the kernel has just opened this fd for the call, so nothing else owns it.
             Ok(Some(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
         }
