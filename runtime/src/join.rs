@@ -282,6 +282,7 @@ impl Child<'_> {
         if self.namespaces.user {
             init::become_root()?;
         }
+        init::hide()?;
         init::join_keyring(self.keyring)?;
         if plan.terminal {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -29,7 +29,14 @@ pub fn ensure() -> Result<()> {
     let exe = rustix::fs::open(EXE, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|error| Error::system("open", "/proc/self/exe", error))?;
     if is_sealed(&exe)? {
-        return Ok(());
+        // Nor does a process of the container look into this one while it is inside. Without
+        // root's rights that has to wait: the id maps of a child that cannot be dumped are out of
+        // its own parent's reach.
+        return if rustix::process::geteuid().is_root() {
+            crate::init::hide()
+        } else {
+            Ok(())
+        };
     }
     let safe = match read_only_mount() {
         Ok(mount) => mount,

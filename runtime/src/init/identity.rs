@@ -97,6 +97,7 @@ pub fn apply(plan: &ProcessPlan, labels: &LabelFiles, channel: &Channel) -> Resu
     rustix::thread::set_keep_capabilities(true)
         .map_err(|error| Error::system("prctl(PR_SET_KEEPCAPS)", "", error))?;
     set_ids(plan)?;
+    super::hide()?;
     rustix::process::umask(Mode::from_raw_mode(plan.umask.unwrap_or(0o022)));
     change_directory(plan, there)?;
     set_capabilities(&plan.capabilities)

@@ -20,6 +20,7 @@ use coracle_oci::state::{State, Status};
 use coracle_sys::{clone, exec, network, process as sys};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use rustix::process::DumpableBehavior;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::console::{self, Pty};
@@ -85,6 +86,7 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
         become_root()?;
     }
     enter_late_namespaces(&plan.namespaces)?;
+    hide()?;
     if let Some(name) = &plan.keyring {
         join_keyring(name)?;
     }
@@ -97,6 +99,9 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     for (step, early) in plan.mounts.iter().zip(child.early) {
         mount::apply(&root, step, early.as_ref())?;
     }
+    // The parent has written the limits: v1 device rules deny everything for a moment, and no
+    // node can be made then.
+    child.channel.wait()?;
     if plan.dev.setup {
         device::fill(&root, &plan.dev)?;
     }
@@ -217,6 +222,19 @@ pub fn become_root() -> Result<()> {
         .map_err(|error| Error::system("setresuid", "0 in the user namespace", error))
 }
 
+/// Neither traced nor looked into by the container's processes until the program runs, by way of
+/// shared namespaces: /proc/pid/exe, /proc/pid/fd (CVE-2016-9962, CVE-2019-5736). Inherited from the
+/// parent where that is root; a change of ids sets it anew.
+pub fn hide() -> Result<()> {
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(|error| Error::system("prctl(PR_SET_DUMPABLE, 0)", "", error))
+}
+
+fn show() -> Result<()> {
+    rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable)
+        .map_err(|error| Error::system("prctl(PR_SET_DUMPABLE, 1)", "", error))
+}
+
 /// The cgroup namespace, whose root is the cgroup that this process is in by now, and the time
 /// namespace, whose offsets must be written before any process is in it.
 fn enter_late_namespaces(plan: &NamespacePlan) -> Result<()> {
@@ -236,6 +254,11 @@ fn enter_late_namespaces(plan: &NamespacePlan) -> Result<()> {
         return Ok(());
     }
     if let Some(offsets) = &plan.time_offsets {
+        if plan.new_user {
+            // A hidden process's files in /proc belong to the host's root, who this no longer is.
+            // Nobody else is in a user namespace that was made with this process.
+            show()?;
+        }
         std::fs::write("/proc/self/timens_offsets", offsets)
             .map_err(|error| Error::system("write", "/proc/self/timens_offsets", error))?;
     }

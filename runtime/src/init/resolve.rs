@@ -69,46 +69,17 @@ impl Root {
             Err(Errno::NOENT) => {}
             found => return found.map_err(|error| at("openat2", path, error)),
         }
-        let mut parent: Option<OwnedFd> = None;
-        let mut prefix: Vec<u8> = Vec::new();
-        for part in path.to_bytes().split(|byte| *byte == b'/') {
-            if part.is_empty() || part == b"." {
-                continue;
-            }
-            if !prefix.is_empty() {
-                prefix.push(b'/');
-            }
-            prefix.extend_from_slice(part);
-            let so_far = CString::new(prefix.clone())
-                .map_err(|_| Error::invalid("path contains a NUL byte"))?;
-            parent = Some(match self.find(&so_far) {
-                Ok(found) => found,
-                Err(Errno::NOENT) => self.make_one(parent.as_ref(), part, &so_far, mode)?,
-                Err(error) => return Err(at("openat2", &so_far, error)),
-            });
-        }
-        parent.map_or_else(
-            || self.find(c".").map_err(|error| at("openat2", c".", error)),
-            Ok,
-        )
-    }
-
-    fn make_one(
-        &self,
-        parent: Option<&OwnedFd>,
-        name: &[u8],
-        path: &CStr,
-        mode: u32,
-    ) -> Result<OwnedFd> {
-        let parent = parent.unwrap_or(&self.fd);
-        match rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(mode)) {
+        // The parent first, which mostly exists: two look-ups for the usual missing leaf.
+        let (parent_path, name) = split(path)?;
+        let parent = self.make_directory(&parent_path, mode)?;
+        match rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(mode)) {
             // A dangling symlink is there: opening it below says so, and nothing is made where
             // it points.
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => return Err(at("mkdirat", path, error)),
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        rustix::fs::openat(parent, name, flags, Mode::empty())
+        rustix::fs::openat(&parent, &name, flags, Mode::empty())
             .map_err(|error| at("openat(O_NOFOLLOW)", path, error))
     }
 
@@ -121,23 +92,40 @@ impl Root {
         if want == TargetType::Directory {
             return self.make_directory(path, 0o755);
         }
-        let bytes = path.to_bytes();
-        let slash = bytes.iter().rposition(|byte| *byte == b'/');
-        let (parent, name) = match slash {
-            Some(slash) => (&bytes[..slash], &bytes[slash + 1..]),
-            None => (&b"."[..], bytes),
-        };
-        let parent =
-            CString::new(parent).map_err(|_| Error::invalid("path contains a NUL byte"))?;
+        let (parent, name) = split(path)?;
         let parent = self.make_directory(&parent, 0o755)?;
         let flags =
             OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::WRONLY | OFlags::CLOEXEC;
-        match rustix::fs::openat(&parent, name, flags, Mode::from_raw_mode(0o644)) {
+        match rustix::fs::openat(&parent, &name, flags, Mode::from_raw_mode(0o644)) {
             Ok(_) | Err(Errno::EXIST) => {}
             Err(error) => return Err(at("openat(O_CREAT)", path, error)),
         }
         self.find(path).map_err(|error| at("openat2", path, error))
     }
+}
+
+/// The parent and the last component; "." is the parent of a bare name.
+fn split(path: &CStr) -> Result<(CString, CString)> {
+    let bytes = path.to_bytes();
+    let end = bytes
+        .iter()
+        .rposition(|byte| *byte != b'/')
+        .map_or(0, |last| last + 1);
+    let slash = bytes[..end].iter().rposition(|byte| *byte == b'/');
+    let (parent, name) = match slash {
+        Some(slash) => (&bytes[..slash], &bytes[slash + 1..end]),
+        None => (&b"."[..], &bytes[..end]),
+    };
+    // ".." is nothing that can be made: the look-up of its parent has failed already.
+    if name.is_empty() || name == b"." || name == b".." {
+        return Err(at("mkdirat", path, Errno::NOENT));
+    }
+    let own =
+        |part: &[u8]| CString::new(part).map_err(|_| Error::invalid("path contains a NUL byte"));
+    Ok((
+        own(if parent.is_empty() { b"." } else { parent })?,
+        own(name)?,
+    ))
 }
 
 /// An error about a path of the container.
@@ -172,6 +160,18 @@ mod tests {
         assert!(root.mount_target(c"dangling", TargetType::File).is_err());
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
         assert!(!std::path::Path::new("/nowhere").exists());
+    }
+
+    #[test]
+    fn split_table() {
+        for (path, parent, name) in [
+            (c"a", c".", c"a"),
+            (c"a/b/c", c"a/b", c"c"),
+            (c"a//b/", c"a/", c"b"),
+        ] {
+            assert_eq!(split(path).unwrap(), (parent.to_owned(), name.to_owned()));
+        }
+        assert!(split(c"a/..").is_err() && split(c".").is_err() && split(c"/").is_err());
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The one socketpair between parent and child: short messages, each a tag and a payload.
 //!
 //! ```text
-//! parent --Mapped--> child        the id maps are written (user namespaces only)
+//! parent --Continue-> child       the id maps are written (user namespaces only)
+//! parent --Continue-> child       the limits are written
 //! parent <--Hooks--- child        the mounts stand: prestart and createRuntime now, then Continue
 //! parent <--Ready--- child        only exec is left
 //! parent --Continue-> child       exec, or wait at the gate

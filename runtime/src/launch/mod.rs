@@ -335,6 +335,7 @@ fn start(
         process::set_oom_score_adj(pid, adjustment)?;
     }
     undo.poststop(&plan, &state);
+    channel.proceed()?;
     let mut conversation = Conversation {
         channel: &channel,
         seccomp: plan.process.seccomp.as_ref(),
