@@ -344,13 +344,14 @@ fn prepare_directory(path: &Path) -> Result<()> {
 }
 
 /// As `ip netns add` does, so that namespaces named by either are seen, and removed, in every
-/// mount namespace: EINVAL says that the directory is not a mount point yet.
+/// mount namespace: EINVAL says that the directory is not a mount point yet. What is mounted in a
+/// shared directory is shared from birth, so only the first time needs to go through all of it.
 fn share(dir: &Path) -> rustix::io::Result<()> {
-    let shared = MountPropagationFlags::SHARED | MountPropagationFlags::REC;
-    match rustix::mount::mount_change(dir, shared) {
+    match rustix::mount::mount_change(dir, MountPropagationFlags::SHARED) {
         Err(Errno::INVAL) => {
             rustix::mount::mount_bind_recursive(dir, dir)?;
-            rustix::mount::mount_change(dir, shared)
+            let all = MountPropagationFlags::SHARED | MountPropagationFlags::REC;
+            rustix::mount::mount_change(dir, all)
         }
         other => other,
     }

@@ -219,4 +219,4 @@ fn lost(error: tokio::task::JoinError) -> NetworkError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -11,6 +11,7 @@
 //! step can be undone knowing nothing but the id. Works in the network namespace of the thread
 //! that calls. All calls block for as long as the kernel's rtnl lock is held by others.
 
+mod cable;
 mod hostport;
 mod ipam;
 mod record;
@@ -26,7 +27,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use tracing::{info, warn};
 
 use super::config::BridgeConfig;
@@ -35,13 +35,12 @@ use super::error::{NetworkError, NetworkErrorKind, Result};
 use super::netlink::{Connection, route};
 use super::pod::{Attached, Interface, POD_INTERFACE, PodNetwork, Protocol, mac_text};
 use super::subnet::Subnet;
-use crate::netns::{run_in_fd, write_sysctl};
+use crate::netns::run_in_fd;
+use cable::{configure, is_veth_name, mac_for, plug, unplug, veth_name};
 use hostport::HostPorts;
 use ipam::Leases;
 use record::{Journal, Record};
 use setup::Ready;
-
-const VETH_PREFIX: &str = "veth";
 
 pub(crate) struct Bridge {
     config: BridgeConfig,
@@ -390,108 +389,6 @@ fn attached(pod: &PodNetwork, ips: &[IpAddr], mac: route::Mac) -> Attached {
         interfaces: vec![inside, outside],
         cni_result: None,
     }
-}
-
-/// The host's end of a pod's cable: 15 bytes are all that an interface name has.
-fn veth_name(sandbox_id: &str) -> String {
-    let digest = Sha256::digest(sandbox_id.as_bytes());
-    let hex: String = digest.iter().take(6).map(|b| format!("{b:02x}")).collect();
-    format!("{VETH_PREFIX}{}", &hex[..11])
-}
-
-fn is_veth_name(name: &str) -> bool {
-    name.strip_prefix(VETH_PREFIX)
-        .is_some_and(|hex| hex.len() == 11 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
-}
-
-/// A pod's hardware address follows from its IP, so that a neighbour's ARP entry stays true when
-/// the address goes to another pod.
-fn mac_for(ip: IpAddr) -> route::Mac {
-    let octets = super::subnet::octets(ip);
-    let tail = &octets[octets.len() - 4..];
-    [0x0a, 0x58, tail[0], tail[1], tail[2], tail[3]]
-}
-
-fn plug(
-    record: &Record,
-    netns: &File,
-    ready: &Ready,
-    mac: route::Mac,
-    mtu: Option<u32>,
-) -> Result<()> {
-    let name = veth_name(&record.sandbox_id);
-    let alias = format!("coracle {} {}", record.sandbox_id, record.label);
-    let pair = route::VethPair {
-        host_name: &name,
-        bridge_index: ready.index,
-        pod_name: POD_INTERFACE,
-        pod_mac: mac,
-        pod_netns: netns.as_fd(),
-        mtu,
-        // IFALIASZ is 256 with its zero.
-        alias: &alias[..alias.floor_char_boundary(255)],
-    };
-    let mut conn = Connection::route().map_err(|e| NetworkError::kernel("open", "netlink", e))?;
-    let mut result = conn.apply(&route::create_veth(&pair)).map(drop);
-    if matches!(&result, Err((0, refusal)) if refusal.is(Errno::EXIST)) {
-        // The name is this sandbox's alone: a cable whose record was lost.
-        unplug(&name)?;
-        result = conn.apply(&route::create_veth(&pair)).map(drop);
-    }
-    result.map_err(|(step, refusal)| {
-        let operation = if step == 0 {
-            "create veth pair"
-        } else {
-            "set up bridge port"
-        };
-        NetworkError::kernel(
-            operation,
-            format!("{name} of sandbox {}", record.sandbox_id),
-            refusal,
-        )
-    })
-}
-
-/// Takes the pair away from both namespaces; it may be gone with the pod's.
-fn unplug(name: &str) -> Result<()> {
-    let mut conn = Connection::route().map_err(|e| NetworkError::kernel("open", "netlink", e))?;
-    match conn.apply(&[route::delete_link(name)]) {
-        Err((_, refusal)) if !refusal.is(Errno::NODEV) => {
-            Err(NetworkError::kernel("delete link", name, refusal))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Runs inside the pod's namespace.
-fn configure(ips: &[IpAddr], ready: &Ready) -> Result<()> {
-    let failed = |operation, refusal| NetworkError::kernel(operation, POD_INTERFACE, refusal);
-    let mut conn = Connection::route().map_err(|e| NetworkError::kernel("open", "netlink", e))?;
-    let link = route::link_by_name(&mut conn, POD_INTERFACE)
-        .map_err(|e| failed("look up link", e))?
-        .ok_or_else(|| {
-            NetworkError::new(NetworkErrorKind::Kernel, "look up link", POD_INTERFACE)
-        })?;
-    if ips.iter().any(IpAddr::is_ipv6) {
-        // The lease says that the address is free; a pod does not wait a second to be told so.
-        let path = Path::new("/proc/sys/net/ipv6/conf")
-            .join(POD_INTERFACE)
-            .join("accept_dad");
-        write_sysctl(&path, "0").map_err(|e| NetworkError::io("set sysctl", path.display(), e))?;
-    }
-    let mut messages = vec![route::set_up(link.index)];
-    let subnets: &[Subnet] = &ready.subnets;
-    for (ip, subnet) in ips.iter().zip(subnets) {
-        messages.push(route::add_address(link.index, *ip, subnet.prefix()));
-        messages.push(route::add_default_route(link.index, subnet.gateway()));
-    }
-    conn.apply(&messages)
-        .map(drop)
-        .map_err(|(step, refusal)| match step {
-            0 => failed("set link up", refusal),
-            step if step % 2 == 1 => failed("give an address to", refusal),
-            _ => failed("set the default route over", refusal),
-        })
 }
 
 /// A client that sends UDP to a host port has a conntrack entry, and its packets never come by

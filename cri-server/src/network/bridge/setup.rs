@@ -161,7 +161,7 @@ fn find(conn: &mut Connection, name: &str) -> Result<Option<route::Link>> {
 }
 
 fn make(conn: &mut Connection, config: &BridgeConfig, subnets: &[Subnet]) -> Result<u32> {
-    let mac = super::mac_for(subnets[0].gateway());
+    let mac = super::cable::mac_for(subnets[0].gateway());
     let message = route::create_bridge(&config.name, mac, config.mtu);
     apply(conn, message, "create bridge", &config.name)?;
     let link = find(conn, &config.name)?.ok_or_else(|| {

@@ -8,13 +8,14 @@
 //! DEL does not depend on the present configuration file, nor on the namespace being there.
 
 mod cache;
+mod call;
 mod config;
 mod exec;
 mod request;
 mod result;
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,17 +26,16 @@ use super::config::NetworkConfig;
 use super::error::{NetworkError, NetworkErrorKind, Result};
 use super::pod::{Attached, POD_INTERFACE, PodNetwork};
 use cache::{Cache, Entry};
-use config::{ConfDir, Loaded, NetworkList, Plugin};
-use exec::Failure;
+use call::{Chain, Plugins, plugin_error, stdin};
+use config::{ConfDir, Loaded, NetworkList};
 
 /// How long an answer to STATUS counts.
 const STATUS_AGE: Duration = Duration::from_secs(5);
 
 pub(crate) struct Cni {
     conf: ConfDir,
-    bin_dirs: Vec<PathBuf>,
+    plugins: Plugins,
     cache: Cache,
-    timeout: Duration,
     status: Arc<Mutex<Probe>>,
     /// Sandboxes detached by this process: a second detach calls no plugin again.
     detached: Mutex<HashSet<String>>,
@@ -49,19 +49,15 @@ struct Probe {
     answer: Option<std::result::Result<(), String>>,
 }
 
-/// One chain of calls for one sandbox.
-struct Chain<'a> {
-    list: &'a NetworkList,
-    entry: &'a Entry,
-}
-
 impl Cni {
     pub(crate) fn open(config: &NetworkConfig) -> Result<Cni> {
         Ok(Cni {
             conf: ConfDir::new(config.cni_conf_dir.clone()),
-            bin_dirs: config.cni_bin_dirs.clone(),
+            plugins: Plugins {
+                bin_dirs: config.cni_bin_dirs.clone(),
+                timeout: config.cni_timeout(),
+            },
             cache: Cache::open(config.cni_cache_dir.clone())?,
-            timeout: config.cni_timeout(),
             status: Arc::default(),
             detached: Mutex::default(),
         })
@@ -84,7 +80,7 @@ impl Cni {
         let list = loaded.list.as_ref();
         json!({
             "confDir": self.conf.path(),
-            "binDirs": self.bin_dirs,
+            "binDirs": self.plugins.bin_dirs,
             "file": list.map(|(path, _)| path),
             "network": list.map(|(_, list)| &list.name),
             "cniVersion": list.map(|(_, list)| list.version.as_str()),
@@ -120,12 +116,8 @@ impl Cni {
         let Some((_, list)) = &loaded.list else {
             return Err(self.reason(&loaded));
         };
-        if let Some(missing) = list
-            .plugins
-            .iter()
-            .find(|p| exec::find(&p.kind, &self.bin_dirs).is_none())
-        {
-            return Err(self.missing_text(missing));
+        if let Some(missing) = self.plugins.first_missing(list) {
+            return Err(missing);
         }
         if !list.version.has_status_and_gc() {
             return Ok(());
@@ -156,8 +148,8 @@ impl Cni {
         let mut answer = Ok(());
         for plugin in &list.plugins {
             let stdin = stdin(list, plugin, None, &Map::new(), None);
-            let env = self.env("STATUS", None);
-            if let Err(error) = self.call(plugin, env, stdin).await {
+            let env = self.plugins.env("STATUS", None);
+            if let Err(error) = self.plugins.call(plugin, env, stdin).await {
                 answer = Err(format!("CNI plugin {:?}: {error}", plugin.kind));
                 break;
             }
@@ -192,6 +184,13 @@ impl Cni {
             network: list.source.clone(),
             result: None,
         };
+        // A chain that cannot be undone is not begun.
+        if let Some(missing) = self.plugins.first_missing(&list) {
+            return Err(
+                NetworkError::new(NetworkErrorKind::NotReady, "sandbox", &pod.sandbox_id)
+                    .cause(missing),
+            );
+        }
         self.detached().remove(&pod.sandbox_id);
         self.cache.save(&entry)?;
         let mut partial = None;
@@ -285,7 +284,8 @@ impl Cni {
             entry: &entry,
         };
         for plugin in &list.plugins {
-            self.step(&chain, plugin, "CHECK", entry.result.as_ref())
+            self.plugins
+                .step(&chain, plugin, "CHECK", entry.result.as_ref())
                 .await?;
         }
         Ok(())
@@ -320,8 +320,8 @@ impl Cni {
             let valid = Value::Array(valid);
             for plugin in &list.plugins {
                 let stdin = stdin(&list, plugin, None, &Map::new(), Some(&valid));
-                let env = self.env("GC", None);
-                if let Err(error) = self.call(plugin, env, stdin).await {
+                let env = self.plugins.env("GC", None);
+                if let Err(error) = self.plugins.call(plugin, env, stdin).await {
                     outcome = Err(plugin_error("gc", plugin, &list.name, error));
                 }
             }
@@ -335,7 +335,10 @@ impl Cni {
 
     async fn add(&self, chain: &Chain<'_>, partial: &mut Option<Value>) -> Result<Value> {
         for plugin in &chain.list.plugins {
-            let output = self.step(chain, plugin, "ADD", partial.as_ref()).await?;
+            let output = self
+                .plugins
+                .step(chain, plugin, "ADD", partial.as_ref())
+                .await?;
             let result: Value = serde_json::from_slice(&output).map_err(|error| {
                 let text = String::from_utf8_lossy(&output[..output.len().min(512)]).into_owned();
                 let why = format!("the result is not JSON: {error}: {text:?}");
@@ -355,115 +358,9 @@ impl Cni {
             .as_ref()
             .filter(|_| chain.list.version.has_check());
         for plugin in chain.list.plugins.iter().rev() {
-            self.step(chain, plugin, "DEL", previous).await?;
+            self.plugins.step(chain, plugin, "DEL", previous).await?;
         }
         Ok(())
-    }
-
-    async fn step(
-        &self,
-        chain: &Chain<'_>,
-        plugin: &Plugin,
-        command: &'static str,
-        previous: Option<&Value>,
-    ) -> Result<Vec<u8>> {
-        let env = self.env(command, Some(chain.entry));
-        let stdin = stdin(
-            chain.list,
-            plugin,
-            previous,
-            &chain.entry.runtime_config,
-            None,
-        );
-        self.call(plugin, env, stdin).await.map_err(|failure| {
-            let kind = match failure {
-                CallError::Failed(Failure::TimedOut(_)) => NetworkErrorKind::Timeout,
-                _ => NetworkErrorKind::Plugin,
-            };
-            let text = plugin_error(command, plugin, &chain.list.name, failure).to_string();
-            NetworkError::new(kind, "sandbox", &chain.entry.sandbox_id).cause(text)
-        })
-    }
-
-    async fn call(
-        &self,
-        plugin: &Plugin,
-        env: Vec<(&'static str, String)>,
-        stdin: Vec<u8>,
-    ) -> std::result::Result<Vec<u8>, CallError> {
-        let path = exec::find(&plugin.kind, &self.bin_dirs)
-            .ok_or_else(|| CallError::Missing(self.missing_text(plugin)))?;
-        let run = exec::Run {
-            plugin: &path,
-            env,
-            stdin,
-            timeout: self.timeout,
-        };
-        exec::run(run).await.map_err(CallError::Failed)
-    }
-
-    fn missing_text(&self, plugin: &Plugin) -> String {
-        let dirs: Vec<String> = self
-            .bin_dirs
-            .iter()
-            .map(|d| d.display().to_string())
-            .collect();
-        format!(
-            "failed to find plugin {:?} in path [{}]",
-            plugin.kind,
-            dirs.join(" ")
-        )
-    }
-
-    fn env(&self, command: &str, entry: Option<&Entry>) -> Vec<(&'static str, String)> {
-        let path: Vec<String> = self
-            .bin_dirs
-            .iter()
-            .map(|d| d.display().to_string())
-            .collect();
-        let mut env = vec![
-            ("CNI_COMMAND", command.to_owned()),
-            ("CNI_PATH", path.join(":")),
-        ];
-        if let Some(entry) = entry {
-            // A namespace that is gone is told as none.
-            let netns = if command == "DEL" && !is_namespace(&entry.netns) {
-                String::new()
-            } else {
-                entry.netns.display().to_string()
-            };
-            env.extend([
-                ("CNI_CONTAINERID", entry.sandbox_id.clone()),
-                ("CNI_NETNS", netns),
-                ("CNI_IFNAME", entry.interface.clone()),
-                ("CNI_ARGS", entry.args.clone()),
-            ]);
-        }
-        env
-    }
-}
-
-enum CallError {
-    Missing(String),
-    Failed(Failure),
-}
-
-fn plugin_error(command: &str, plugin: &Plugin, network: &str, error: CallError) -> NetworkError {
-    let subject = format!(
-        "type={:?} name={network:?} failed ({})",
-        plugin.kind,
-        command.to_ascii_lowercase()
-    );
-    let why = error.to_string();
-    NetworkError::new(NetworkErrorKind::Plugin, "plugin", subject).cause(why)
-}
-
-impl std::fmt::Display for CallError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            CallError::Missing(text) => f.write_str(text),
-            CallError::Failed(failure) => failure.fmt(f),
-        }
     }
 }
 
@@ -480,41 +377,4 @@ fn parse(result: &Value, sandbox_id: &str) -> Result<Attached> {
         )
         .cause(why)
     })
-}
-
-/// An empty file where a namespace was is left by a reboot.
-fn is_namespace(path: &Path) -> bool {
-    const NSFS_MAGIC: u64 = 0x6e73_6673;
-    rustix::fs::statfs(path).is_ok_and(|fs| fs.f_type as u64 == NSFS_MAGIC)
-}
-
-/// The plugin's configuration as the specification derives it.
-fn stdin(
-    list: &NetworkList,
-    plugin: &Plugin,
-    previous: Option<&Value>,
-    offered: &Map<String, Value>,
-    valid_attachments: Option<&Value>,
-) -> Vec<u8> {
-    let mut config = plugin.config.clone();
-    config.insert("name".to_owned(), Value::String(list.name.clone()));
-    config.insert(
-        "cniVersion".to_owned(),
-        Value::String(list.version.as_str().to_owned()),
-    );
-    let wanted: Map<String, Value> = plugin
-        .capabilities
-        .iter()
-        .filter_map(|name| offered.get(name).map(|value| (name.clone(), value.clone())))
-        .collect();
-    if !wanted.is_empty() {
-        config.insert("runtimeConfig".to_owned(), Value::Object(wanted));
-    }
-    if let Some(previous) = previous {
-        config.insert("prevResult".to_owned(), previous.clone());
-    }
-    if let Some(valid) = valid_attachments {
-        config.insert("cni.dev/valid-attachments".to_owned(), valid.clone());
-    }
-    Value::Object(config).to_string().into_bytes()
 }

@@ -130,6 +130,8 @@ impl Connection {
             buffer.extend_from_slice(&message.body);
             buffer.resize(align(buffer.len()), 0);
         }
+        #[cfg(test)]
+        faults::strike()?;
         self.socket.send(&buffer, 0)?;
         let mut outcome = Outcome {
             results: vec![None; messages.len()],
@@ -266,6 +268,32 @@ pub(crate) fn read_u32(bytes: &[u8], at: usize) -> u32 {
     bytes
         .get(at..at + 4)
         .map_or(0, |b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]))
+}
+
+/// Makes conversations fail, for tests that have a process of their own.
+#[cfg(test)]
+pub(crate) mod faults {
+    use std::sync::atomic::{AtomicI64, Ordering::SeqCst};
+
+    use super::Refusal;
+
+    /// Conversations until the failing one; off below zero.
+    pub(crate) static UNTIL: AtomicI64 = AtomicI64::new(-1);
+    /// How many fail from there on.
+    pub(crate) static COUNT: AtomicI64 = AtomicI64::new(0);
+
+    pub(super) fn strike() -> Result<(), Refusal> {
+        if UNTIL.load(SeqCst) < 0 || UNTIL.fetch_sub(1, SeqCst) > 0 {
+            return Ok(());
+        }
+        if COUNT.fetch_sub(1, SeqCst) > 1 {
+            UNTIL.store(0, SeqCst);
+        }
+        Err(Refusal {
+            errno: libc::ENOMEM,
+            reason: Some("injected".to_owned()),
+        })
+    }
 }
 
 #[cfg(test)]

@@ -160,3 +160,69 @@ fn aborted_caller_leaves_a_finished_attach() {
         assert_clean(host);
     });
 }
+
+/// Runs `fault_sweep` in a process of its own: its faults would strike every test of this one.
+#[test]
+fn every_failing_conversation_with_the_kernel_leaves_nothing() {
+    let program = std::env::current_exe().unwrap();
+    let path = std::thread::current().name().unwrap().to_owned();
+    let sweep = format!("{}::fault_sweep", path.rsplit_once("::").unwrap().0);
+    let output = Command::new(program)
+        .args([sweep.as_str(), "--exact", "--ignored", "--nocapture"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(text.contains("1 passed"), "{text}");
+}
+
+#[test]
+#[ignore = "run by every_failing_conversation_with_the_kernel_leaves_nothing"]
+fn fault_sweep() {
+    use crate::network::netlink::faults;
+    use std::sync::atomic::Ordering::SeqCst;
+
+    async_on_fresh_host(async |host| {
+        let mut pod = host.pod("a");
+        pod.port_mappings = vec![host_port(Protocol::Tcp, 8080, 80)];
+        // One failure, which attach undoes; and failures without end, which stand for a crash:
+        // even the undoing fails, and the next start has to find what is left.
+        for count in [1, i64::MAX] {
+            let mut until = 0;
+            loop {
+                let network = host.network();
+                faults::COUNT.store(count, SeqCst);
+                faults::UNTIL.store(until, SeqCst);
+                let outcome = network.attach(&pod).await;
+                let untouched = faults::UNTIL.swap(-1, SeqCst) >= 0 && count == 1;
+                if count == 1 && outcome.is_err() {
+                    assert_clean(host);
+                }
+                let done = outcome.is_ok();
+                if done && (untouched || count > 1) {
+                    network.detach(&pod).await.unwrap();
+                    break;
+                }
+                drop(network);
+                let network = host.network();
+                network.gc(&HashSet::new()).await.unwrap();
+                assert_clean(host);
+                network.attach(&pod).await.unwrap();
+                // The same for detach: it tells, and works the second time.
+                faults::COUNT.store(count, SeqCst);
+                faults::UNTIL.store(until, SeqCst);
+                let _ = network.detach(&pod).await;
+                faults::UNTIL.store(-1, SeqCst);
+                network.detach(&pod).await.unwrap();
+                assert_clean(host);
+                until += 1;
+                assert!(until < 100, "no end of conversations");
+            }
+            println!("{until} conversations");
+        }
+    });
+}
