@@ -208,7 +208,10 @@ impl Cgroup {
                 ))),
             };
         }
-        let dirs = Dirs { places: &self.dirs };
+        // The plan's own list: its steps number the directories, in an order of their own.
+        let dirs = Dirs {
+            places: &plan.layout.dirs,
+        };
         let mut open: Option<(usize, Dir)> = None;
         for limit in &plan.limits {
             let dir = match open.take() {
@@ -231,7 +234,9 @@ impl Cgroup {
     /// As for [`Cgroup::apply_limits`].
     pub fn update(&self, plan: &CgroupPlan) -> Result<()> {
         self.apply_limits(plan)?;
-        plan.apply_cpuset(&Dirs { places: &self.dirs })
+        plan.apply_cpuset(&Dirs {
+            places: &plan.layout.dirs,
+        })
     }
 
     /// A missing `unified` file is most often a controller that was not handed down.

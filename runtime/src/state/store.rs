@@ -506,7 +506,7 @@ mod tests {
         assert_eq!(entry.intent().unwrap(), None);
         assert_eq!(store.load(&id).unwrap(), record("a"));
         assert_eq!(entry.config().unwrap(), b"{}");
-        assert_eq!(store.list().unwrap(), [id.clone()]);
+        assert_eq!(store.list().unwrap(), std::slice::from_ref(&id));
         entry.remove().unwrap();
         assert_eq!(store.entry(&id).unwrap_err().kind(), Kind::NotFound);
         assert!(store.list().unwrap().is_empty());

@@ -82,7 +82,8 @@ unsafe fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
     i32::try_from(result).map_err(io::Error::other)
 }
 
-fn raw(fd: impl AsFd) -> u32 {
+/// The caller keeps the descriptor open until its call is over: hence the reference.
+fn raw(fd: &impl AsFd) -> u32 {
     fd.as_fd().as_raw_fd().cast_unsigned()
 }
 
@@ -116,7 +117,7 @@ pub fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
 pub fn device_programs(cgroup: impl AsFd) -> io::Result<Vec<u32>> {
     let mut ids = [0u32; QUERY_LIMIT];
     let mut attr = Query {
-        target_fd: raw(cgroup),
+        target_fd: raw(&cgroup),
         attach_type: CGROUP_DEVICE,
         query_flags: 0,
         attach_flags: 0,
@@ -157,8 +158,8 @@ pub fn attach_device_program(
     replace: Option<&OwnedFd>,
 ) -> io::Result<()> {
     let mut attr = Attach {
-        target_fd: raw(cgroup),
-        attach_bpf_fd: raw(program),
+        target_fd: raw(&cgroup),
+        attach_bpf_fd: raw(&program),
         attach_type: CGROUP_DEVICE,
         attach_flags: F_ALLOW_MULTI | if replace.is_some() { F_REPLACE } else { 0 },
         replace_bpf_fd: replace.map_or(0, raw),
@@ -173,8 +174,8 @@ pub fn attach_device_program(
 /// The kernel's: ENOENT if it is not attached.
 pub fn detach_device_program(cgroup: impl AsFd, program: impl AsFd) -> io::Result<()> {
     let mut attr = Attach {
-        target_fd: raw(cgroup),
-        attach_bpf_fd: raw(program),
+        target_fd: raw(&cgroup),
+        attach_bpf_fd: raw(&program),
         attach_type: CGROUP_DEVICE,
         attach_flags: 0,
         replace_bpf_fd: 0,
