@@ -14,6 +14,8 @@ pub enum Kind {
     AlreadyExists,
     Precondition,
     Unsupported,
+    /// The runtime refused; the text is its own.
+    Runtime,
     Internal,
     Unavailable,
 }
@@ -27,6 +29,7 @@ impl Kind {
             Kind::AlreadyExists => 6,
             Kind::Precondition => 9,
             Kind::Unsupported => 12,
+            Kind::Runtime => 2,
             Kind::Internal => 13,
             Kind::Unavailable => 14,
         }

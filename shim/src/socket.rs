@@ -84,6 +84,13 @@ pub fn bind(path: &Path) -> Result<Bound> {
         .mode(0o700)
         .create(dir)
         .map_err(|e| failed("create directory of", e))?;
+    // Whatever umask the daemon gave us.
+    use std::os::unix::fs::PermissionsExt;
+    let mode = std::fs::metadata(dir).map_or(0o700, |m| m.permissions().mode() & 0o777);
+    if mode & 0o700 != 0o700 || mode & 0o066 != 0 {
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+            .map_err(|e| failed("chmod directory of", e))?;
+    }
     let lock = rustix::fs::open(
         dir,
         OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,

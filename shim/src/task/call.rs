@@ -116,13 +116,13 @@ impl Supervisor {
             Job::Kill => {
                 let result = result.map_err(|text| match is_finished(&text) || is_absent(&text) {
                     true => Error::new(Kind::NotFound, "process already finished", "").source(text),
-                    false => Error::new(Kind::Internal, "runtime kill", &id.task).source(text),
+                    false => Error::new(Kind::Runtime, "OCI runtime kill failed", "").source(text),
                 });
                 self.tell(reply, result);
             }
             Job::Update => {
                 let failed =
-                    |text| Error::new(Kind::Internal, "runtime update", &id.task).source(text);
+                    |text| Error::new(Kind::Runtime, "OCI runtime update failed", "").source(text);
                 self.tell(reply, result.map_err(failed));
             }
             Job::Checkpoint { path } => {
@@ -134,8 +134,9 @@ impl Supervisor {
                     };
                     self.publish(&Event::Checkpointed(event));
                 }
-                let failed =
-                    |text| Error::new(Kind::Internal, "runtime checkpoint", &id.task).source(text);
+                let failed = |text| {
+                    Error::new(Kind::Runtime, "OCI runtime checkpoint failed", "").source(text)
+                };
                 self.tell(reply, result.map_err(failed));
             }
             Job::CleanUp => {
@@ -192,7 +193,7 @@ impl Supervisor {
         } else {
             "runtime resume"
         };
-        let failed = |text| Error::new(Kind::Internal, operation, &id.task).source(text);
+        let failed = |text| Error::new(Kind::Runtime, operation, "").source(text);
         self.tell(reply, result.map_err(failed));
         self.unpark(id);
     }

@@ -298,7 +298,7 @@ impl Supervisor {
         result: std::result::Result<(), String>,
     ) {
         let result = result
-            .map_err(|text| Error::new(Kind::Internal, "runtime create", &id.task).source(text))
+            .map_err(|text| Error::new(Kind::Runtime, "OCI runtime create failed", "").source(text))
             .and_then(|()| self.created(id, console));
         let pid = match result {
             Ok(pid) => pid,
@@ -477,7 +477,7 @@ impl Supervisor {
             }
             Err(text) => {
                 task.init.state = State::Created { pid: Some(pid) };
-                let error = Error::new(Kind::Internal, "runtime start", &id.task).source(text);
+                let error = Error::new(Kind::Runtime, "OCI runtime start failed", "").source(text);
                 self.tell(reply, Err(error));
             }
         }

@@ -166,7 +166,7 @@ impl Supervisor {
         result: std::result::Result<(), String>,
     ) {
         let started = result
-            .map_err(|text| Error::new(Kind::Internal, "runtime exec", &id.task).source(text))
+            .map_err(|text| Error::new(Kind::Runtime, "OCI runtime exec failed", "").source(text))
             .and_then(|()| self.exec_started(id, console));
         let pid = match started {
             Ok(pid) => pid,

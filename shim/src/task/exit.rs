@@ -195,7 +195,7 @@ impl Supervisor {
             }
         }
         let failed = failure
-            .map(|text| Error::new(Kind::Internal, "runtime delete", &id.task).source(text))
+            .map(|text| Error::new(Kind::Runtime, "OCI runtime delete failed", "").source(text))
             .or_else(|| {
                 let task = self.tasks.get(&id.task).filter(|t| t.mounted)?;
                 crate::mounts::unmount_all(&task.rootfs()).err()
