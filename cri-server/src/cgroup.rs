@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 /// Where cgroups are mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Mounts {
-    /// One mount point for each controller.
+    /// One mount point for each controller, and on a hybrid host the unified hierarchy beside
+    /// them, under the name "unified".
     V1(BTreeMap<String, PathBuf>),
     /// The one hierarchy.
     V2(PathBuf),
@@ -19,12 +20,14 @@ impl Mounts {
     /// Reads the mounts of this process. A hybrid host counts as v1: that is where its
     /// controllers are.
     pub fn detect() -> io::Result<Mounts> {
-        Ok(Self::parse(&std::fs::read_to_string("/proc/self/mountinfo")?))
+        Ok(Self::parse(&std::fs::read_to_string(
+            "/proc/self/mountinfo",
+        )?))
     }
 
     fn parse(mountinfo: &str) -> Mounts {
         let mut v1 = BTreeMap::new();
-        let mut v2 = PathBuf::from("/sys/fs/cgroup");
+        let mut v2 = None;
         for line in mountinfo.lines() {
             let Some((mount, fs)) = line.split_once(" - ") else {
                 continue;
@@ -41,11 +44,15 @@ impl Mounts {
                         }
                     }
                 }
-                Some("cgroup2") => v2 = point,
+                Some("cgroup2") if v2.is_none() => v2 = Some(point),
                 _ => {}
             }
         }
-        if v1.is_empty() { Mounts::V2(v2) } else { Mounts::V1(v1) }
+        if v1.is_empty() {
+            return Mounts::V2(v2.unwrap_or(PathBuf::from("/sys/fs/cgroup")));
+        }
+        v1.extend(v2.map(|point| ("unified".to_owned(), point)));
+        Mounts::V1(v1)
     }
 
     /// Whether this is the unified hierarchy.
@@ -330,7 +337,7 @@ mod tests {
         let dir = mounts.dir("cpuacct", "/a/b").unwrap();
         assert_eq!(dir, Path::new("/sys/fs/cgroup/cpu,cpuacct/a/b"));
         assert_eq!(mounts.dir("hugetlb", "/a"), None);
-        assert_eq!(mounts.dirs("/a").len(), 3);
+        assert_eq!(mounts.dirs("/a").len(), 4);
     }
 
     #[test]
@@ -363,7 +370,10 @@ mod tests {
         }
         let sample = Mounts::V2(dir.path().into()).sample("/a").unwrap();
         assert_eq!(sample.cpu_ns, 5000);
-        assert_eq!((sample.memory.usage, sample.memory.working_set), (1000, 600));
+        assert_eq!(
+            (sample.memory.usage, sample.memory.working_set),
+            (1000, 600)
+        );
         assert_eq!(sample.memory.limit, None);
         assert_eq!(Mounts::V2(dir.path().into()).sample("/b"), None);
     }

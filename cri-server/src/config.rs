@@ -116,35 +116,66 @@ pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Loaded> {
         None => None,
     };
     let name = file.map_or("embedded defaults".to_owned(), |p| p.display().to_string());
-    let mut loaded = parse(text.as_deref(), &name)?;
-    let config = &mut loaded.config;
-    // A state directory of its own implies a socket of its own: two daemons that differ only in
-    // `--state` must not fight for one socket.
-    if let Some(state) = &overrides.state {
-        if overrides.socket.is_none() {
-            config.socket = state.join("coracle.sock");
-        }
-        config.state = state.clone();
-    }
-    config.root = overrides.root.clone().unwrap_or(config.root.clone());
-    config.socket = overrides.socket.clone().unwrap_or(config.socket.clone());
-    config.log.level = overrides.log_level.clone().unwrap_or(config.log.level.clone());
-    check(config)?;
+    let loaded = parse(text.as_deref(), &name, overrides)?;
+    check(&loaded.config)?;
     Ok(loaded)
 }
 
-fn parse(text: Option<&str>, name: &str) -> Result<Loaded> {
+fn parse(text: Option<&str>, name: &str, overrides: &Overrides) -> Result<Loaded> {
     let bad = |e: toml::de::Error| Error::new(Kind::InvalidArgument, "config", name).because(e);
-    let mut table: toml::Table = toml::from_str(DEFAULT_TOML).map_err(bad)?;
-    if let Some(text) = text {
-        merge(&mut table, toml::from_str(text).map_err(bad)?);
+    let mut given: toml::Table = match text {
+        Some(text) => toml::from_str(text).map_err(bad)?,
+        None => toml::Table::new(),
+    };
+    for (key, path) in [
+        ("root", &overrides.root),
+        ("state", &overrides.state),
+        ("socket", &overrides.socket),
+    ] {
+        if let Some(path) = path {
+            given.insert(key.to_owned(), text_of(path));
+        }
     }
+    let mut table: toml::Table = toml::from_str(DEFAULT_TOML).map_err(bad)?;
+    let moved = given.contains_key("state") && !given.contains_key("socket");
+    merge(&mut table, given);
+    follow_directories(&mut table, moved);
     let mut unknown = Vec::new();
-    let config = serde_ignored::deserialize(toml::Value::Table(table), |path| {
+    let mut config: Config = serde_ignored::deserialize(toml::Value::Table(table), |path| {
         unknown.push(path.to_string());
     })
     .map_err(bad)?;
+    config.log.level = overrides.log_level.clone().unwrap_or(config.log.level);
     Ok(Loaded { config, unknown })
+}
+
+fn text_of(path: &Path) -> toml::Value {
+    toml::Value::String(path.display().to_string())
+}
+
+/// Paths that nobody gave lie below `root` and `state`, wherever those are: two daemons that
+/// differ only in these two must not meet anywhere.
+fn follow_directories(table: &mut toml::Table, move_socket: bool) {
+    let dir = |table: &toml::Table, key: &str| {
+        PathBuf::from(
+            table
+                .get(key)
+                .and_then(toml::Value::as_str)
+                .unwrap_or_default(),
+        )
+    };
+    let (root, state) = (dir(table, "root"), dir(table, "state"));
+    if move_socket {
+        table.insert("socket".to_owned(), text_of(&state.join("coracle.sock")));
+    }
+    if let Some(network) = table.get_mut("network").and_then(toml::Value::as_table_mut) {
+        for (key, path) in [
+            ("state_dir", state.join("network")),
+            ("cni_cache_dir", root.join("cni")),
+        ] {
+            network.entry(key).or_insert(text_of(&path));
+        }
+    }
 }
 
 /// Lays `over` on `base`: tables merge key by key, everything else is replaced.
@@ -199,6 +230,26 @@ pub fn dump(config: &Config) -> Result<String> {
 mod tests {
     use super::*;
 
+    fn given(text: &str) -> Result<Loaded> {
+        parse(Some(text), "t", &Overrides::default())
+    }
+
+    #[test]
+    fn paths_follow_root_and_state() {
+        let overrides = Overrides {
+            state: Some("/s".into()),
+            ..Overrides::default()
+        };
+        let loaded = parse(Some("root = \"/r\""), "t", &overrides).unwrap();
+        assert_eq!(loaded.config.socket, Path::new("/s/coracle.sock"));
+        assert_eq!(loaded.config.network.state_dir, Path::new("/s/network"));
+        assert_eq!(loaded.config.network.cni_cache_dir, Path::new("/r/cni"));
+        let loaded =
+            given("socket = \"/x\"\nstate = \"/s\"\n[network]\nstate_dir = \"/n\"").unwrap();
+        assert_eq!(loaded.config.socket, Path::new("/x"));
+        assert_eq!(loaded.config.network.state_dir, Path::new("/n"));
+    }
+
     #[test]
     fn defaults_parse_without_unknown_keys() {
         let loaded = load(None, &Overrides::default()).unwrap();
@@ -209,7 +260,7 @@ mod tests {
 
     #[test]
     fn unknown_key_is_named() {
-        let loaded = parse(Some("[image]\nregistries = 1\nmax_parallel_layers = 9"), "t").unwrap();
+        let loaded = given("[image]\nregistries = 1\nmax_parallel_layers = 9").unwrap();
         assert_eq!(loaded.unknown, ["image.registries"]);
         assert_eq!(loaded.config.image.max_parallel_layers, 9);
         assert_eq!(loaded.config.image.pull_progress_timeout_seconds, 60);
@@ -218,14 +269,14 @@ mod tests {
     #[test]
     fn systemd_cgroup_is_refused_and_named() {
         let text = DEFAULT_TOML.replace("SystemdCgroup = false", "SystemdCgroup = true");
-        let error = check(&parse(Some(&text), "t").unwrap().config).unwrap_err();
+        let error = check(&given(&text).unwrap().config).unwrap_err();
         assert!(error.to_string().contains("SystemdCgroup"), "{error}");
     }
 
     #[test]
     fn dump_reads_back() {
         let loaded = load(None, &Overrides::default()).unwrap();
-        let again = parse(Some(&dump(&loaded.config).unwrap()), "dump").unwrap();
+        let again = given(&dump(&loaded.config).unwrap()).unwrap();
         assert_eq!(again.unknown, Vec::<String>::new());
     }
 }

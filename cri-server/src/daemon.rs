@@ -171,7 +171,9 @@ fn find_binary(configured: &Path, name: &str, key: &str) -> Result<PathBuf> {
 
 /// Nanoseconds since the epoch, now.
 pub fn now_ns() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 

@@ -49,7 +49,11 @@ fn lock(socket: &Path) -> Result<File> {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::WOULDBLOCK) => {
             let text = "another coracled serves it";
-            Err(Error::new(Kind::FailedPrecondition, socket.display().to_string(), text))
+            Err(Error::new(
+                Kind::FailedPrecondition,
+                socket.display().to_string(),
+                text,
+            ))
         }
         Err(e) => Err(Error::io("flock", path.display(), e)),
     }
@@ -62,7 +66,11 @@ fn remove_stale(socket: &Path) -> Result<()> {
     };
     if !meta.file_type().is_socket() {
         let text = "exists and is no socket";
-        return Err(Error::new(Kind::FailedPrecondition, socket.display().to_string(), text));
+        return Err(Error::new(
+            Kind::FailedPrecondition,
+            socket.display().to_string(),
+            text,
+        ));
     }
     std::fs::remove_file(socket).map_err(|e| Error::io("remove", socket.display(), e))
 }
@@ -77,7 +85,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("run/s");
         let first = bind(&socket).unwrap();
-        assert_eq!(socket.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            socket.metadata().unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         let error = bind(&socket).unwrap_err().to_string();
         assert!(error.contains("another coracled"), "{error}");
         drop(first);

@@ -56,7 +56,10 @@ fn tree(leader: i32, known: &BTreeSet<i32>, table: &BTreeMap<i32, Kinship>) -> V
             break;
         }
     }
-    members.into_iter().filter(|pid| table.contains_key(pid)).collect()
+    members
+        .into_iter()
+        .filter(|pid| table.contains_key(pid))
+        .collect()
 }
 
 /// proc_pid_stat(5): the fields after the command, which may hold anything but ends at the last

@@ -65,7 +65,9 @@ impl Daemon {
             let key = (sandbox_id, fixed.config.name.clone());
             self.container_names.restore(key, fixed.id.clone());
             let id = fixed.id.clone();
-            self.registry.containers.insert(id.as_str(), Arc::new(container));
+            self.registry
+                .containers
+                .insert(id.as_str(), Arc::new(container));
         }
         Ok(unfinished)
     }
@@ -88,7 +90,9 @@ impl Daemon {
             ContainerState::Exited { .. } | ContainerState::Removing { .. } => return Ok(()),
         };
         let exit = Exit::unknown("ended by a reboot of the host", started, now_ns());
-        container.change(&self.records, |live| live.state = ContainerState::Exited { exit })
+        container.change(&self.records, |live| {
+            live.state = ContainerState::Exited { exit }
+        })
     }
 
     /// Brings every pod up to date, then removes what belongs to none.
@@ -131,7 +135,8 @@ impl Daemon {
         let step = sandbox.step.write().await;
         let shim = self.running_shim(sandbox).await;
         for container in self.registry.containers_of(sandbox.id()) {
-            self.recover_container(sandbox, &container, shim.as_ref()).await;
+            self.recover_container(sandbox, &container, shim.as_ref())
+                .await;
         }
         match sandbox.state() {
             SandboxState::Stopping => self.stop_locked(sandbox).await,
@@ -153,10 +158,9 @@ impl Daemon {
         let outcome = match (container.state(), shim) {
             (ContainerState::Running { .. } | ContainerState::Starting, Some(shim)) => {
                 match shim.status(id, "").await {
-                    Ok(status) => {
-                        self.resume(container, status.pid, status.status)
-                            .map(|()| self.watch(sandbox.clone(), container.clone(), shim.clone()))
-                    }
+                    Ok(status) => self
+                        .resume(container, status.pid, status.status)
+                        .map(|()| self.watch(sandbox.clone(), container.clone(), shim.clone())),
                     Err(error) => {
                         let exit = self.bury(sandbox, container, &error.to_string()).await;
                         self.settle(container, exit)
@@ -192,8 +196,13 @@ impl Daemon {
 
     /// Removes what no record names: snapshots, bundles, namespaces, connections.
     async fn sweep(self: &Arc<Self>) {
-        let live: HashSet<String> =
-            self.registry.sandboxes.all().iter().map(|s| s.id().to_owned()).collect();
+        let live: HashSet<String> = self
+            .registry
+            .sandboxes
+            .all()
+            .iter()
+            .map(|s| s.id().to_owned())
+            .collect();
         if let Err(error) = self.network.gc(&live).await {
             tracing::warn!(%error, "network clean-up failed");
         }

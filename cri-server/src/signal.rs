@@ -45,7 +45,9 @@ const RTMAX: i32 = 64;
 /// The signal of a value of CRI's enum; `None` for "the runtime's default" and unknown values.
 pub fn from_cri(value: i32) -> Option<i32> {
     match value {
-        1..=34 => NAMED.get(usize::try_from(value).ok()? - 1).map(|(_, number)| *number),
+        1..=34 => NAMED
+            .get(usize::try_from(value).ok()? - 1)
+            .map(|(_, number)| *number),
         // RTMIN .. RTMIN+15, RTMAX-14 .. RTMAX, without a gap.
         35..=65 => Some(RTMIN + value - 35),
         _ => None,
@@ -94,7 +96,15 @@ mod tests {
 
     #[test]
     fn cri_values_match_the_api() {
-        for (value, signal) in [(13, 9), (23, 15), (29, 10), (35, 34), (50, 49), (51, 50), (65, 64)] {
+        for (value, signal) in [
+            (13, 9),
+            (23, 15),
+            (29, 10),
+            (35, 34),
+            (50, 49),
+            (51, 50),
+            (65, 64),
+        ] {
             assert_eq!(from_cri(value), Some(signal));
             assert_eq!(to_cri(signal), value);
         }

@@ -37,14 +37,19 @@ impl Backend for DaemonBackend {
         io: SessionIo,
         resize: mpsc::Receiver<TerminalSize>,
     ) -> Result<(), SessionError> {
-        self.0.attach_session(session, io, resize).await.map_err(told)
+        self.0
+            .attach_session(session, io, resize)
+            .await
+            .map_err(told)
     }
 
     fn port_forward_netns(&self, sandbox_id: &str) -> Result<Option<PathBuf>, SessionError> {
         let sandbox = self.0.registry.sandboxes.find(sandbox_id).map_err(told)?;
         match decide(sandbox.state(), Request::PortForward) {
             Decision::Proceed => Ok(sandbox.fixed.netns.clone()),
-            _ => Err(SessionError::new(format!("sandbox {sandbox_id} is not ready"))),
+            _ => Err(SessionError::new(format!(
+                "sandbox {sandbox_id} is not ready"
+            ))),
         }
     }
 }

@@ -43,7 +43,11 @@ impl Daemon {
         self.container_names
             .run(key, fingerprint, work, |id| {
                 let what = format!("container name {name:?} in sandbox {in_sandbox} is taken");
-                Error::new(Kind::AlreadyExists, what, format!("it belongs to container {id}"))
+                Error::new(
+                    Kind::AlreadyExists,
+                    what,
+                    format!("it belongs to container {id}"),
+                )
             })
             .await
     }
@@ -54,9 +58,10 @@ impl Daemon {
         config: ContainerConfig,
     ) -> Result<ContainerId> {
         require_ready(sandbox)?;
-        let image = self.images.resolve(&config.image.image).ok_or_else(|| {
-            Error::not_found("image", &config.image.image)
-        })?;
+        let image = self
+            .images
+            .resolve(&config.image.image)
+            .ok_or_else(|| Error::not_found("image", &config.image.image))?;
         check_against_pod(sandbox, &config)?;
         let id = ContainerId::random()?;
         let fixed = self.plan_container(id.clone(), sandbox, config, &image)?;
@@ -76,7 +81,8 @@ impl Daemon {
         let container = Arc::new(Container::new(record));
         container.change(&self.records, |live| live.state = ContainerState::Created)?;
         self.registry.containers.insert(id.as_str(), container);
-        self.events.publish(EventKind::Created, id.as_str(), sandbox.id());
+        self.events
+            .publish(EventKind::Created, id.as_str(), sandbox.id());
         Ok(id)
     }
 
@@ -92,7 +98,11 @@ impl Daemon {
         Ok(Fixed {
             sandbox_id: sandbox.fixed.id.clone(),
             image_id: image.id.to_string(),
-            image_ref: image.repo_digests.first().cloned().unwrap_or(image.id.to_string()),
+            image_ref: image
+                .repo_digests
+                .first()
+                .cloned()
+                .unwrap_or(image.id.to_string()),
             user: User::default(),
             stop_signal: stop_signal(&config, image)?,
             created_at_ns: now_ns(),
@@ -186,7 +196,11 @@ impl Daemon {
             path: path.display().to_string(),
         };
         let mut namespaces = vec![own("mount")];
-        for (kind, path) in [("network", &fixed.netns), ("ipc", &fixed.ipc), ("uts", &fixed.uts)] {
+        for (kind, path) in [
+            ("network", &fixed.netns),
+            ("ipc", &fixed.ipc),
+            ("uts", &fixed.uts),
+        ] {
             namespaces.extend(path.clone().map(|path| joined(kind, path)));
         }
         let of = |pid: u32| joined("pid", PathBuf::from(format!("/proc/{pid}/ns/pid")));
@@ -217,7 +231,9 @@ impl Daemon {
             let text = format!("container {target} is in another sandbox");
             return Err(Error::invalid(field, text));
         }
-        container.pid().ok_or_else(|| Error::state(field, format!("{target} is not running")))
+        container
+            .pid()
+            .ok_or_else(|| Error::state(field, format!("{target} is not running")))
     }
 
     /// Removes everything that a container may have outside the shim. Idempotent.
@@ -245,9 +261,10 @@ pub fn require_ready(sandbox: &Sandbox) -> Result<()> {
     match decide(sandbox.state(), Request::CreateContainer) {
         Decision::Proceed => Ok(()),
         Decision::Deny(why) => Err(Error::state(format!("sandbox {}", sandbox.id()), why)),
-        Decision::StopFirst | Decision::AlreadyDone => {
-            Err(Error::state(format!("sandbox {}", sandbox.id()), "not ready"))
-        }
+        Decision::StopFirst | Decision::AlreadyDone => Err(Error::state(
+            format!("sandbox {}", sandbox.id()),
+            "not ready",
+        )),
     }
 }
 
@@ -274,7 +291,10 @@ fn check_against_pod(sandbox: &Sandbox, config: &ContainerConfig) -> Result<()> 
     ] {
         if asked == NamespaceMode::Node && of_pod != NamespaceMode::Node {
             let text = "is NODE, but the sandbox has a namespace of its own";
-            return Err(Error::invalid(format!("{at}.namespace_options.{name}"), text));
+            return Err(Error::invalid(
+                format!("{at}.namespace_options.{name}"),
+                text,
+            ));
         }
     }
     Ok(())
@@ -309,7 +329,10 @@ fn volumes(fixed: &Fixed, image: &Image, layers: &[PathBuf]) -> Result<Vec<Image
     for (i, path) in image.config.volumes.iter().enumerate() {
         let destination = spec_builder::mounts::clean(path);
         if destination == "/" {
-            return Err(Error::invalid(format!("VOLUME of image {}", image.id), "is /"));
+            return Err(Error::invalid(
+                format!("VOLUME of image {}", image.id),
+                "is /",
+            ));
         }
         let source = fixed.volumes.join(i.to_string());
         make_private_dir(&fixed.volumes)?;

@@ -75,14 +75,21 @@ impl Daemon {
         let running = self.start_exec(container, cmd, false, io).await?;
         let (ended, exited) = watch::channel(false);
         let outputs = async {
-            tokio::join!(read_output(stdout, exited.clone()), read_output(stderr, exited))
+            tokio::join!(
+                read_output(stdout, exited.clone()),
+                read_output(stderr, exited)
+            )
         };
         let wait = async {
             let exit = running.wait().await;
             ended.send_replace(true);
             exit
         };
-        let limit = if timeout.is_zero() { Duration::MAX } else { timeout };
+        let limit = if timeout.is_zero() {
+            Duration::MAX
+        } else {
+            timeout
+        };
         let answer = tokio::time::timeout(limit, async { tokio::join!(wait, outputs) }).await;
         let Ok((exit, (stdout, stderr))) = answer else {
             self.end_exec(container, &running).await;
@@ -108,7 +115,9 @@ impl Daemon {
     ) -> Result<i32> {
         let container = self.registry.containers.find(&session.container_id)?;
         require(&container, Request::Reach)?;
-        let running = self.start_exec(&container, session.cmd, session.tty, io).await?;
+        let running = self
+            .start_exec(&container, session.cmd, session.tty, io)
+            .await?;
         let exit = running.wait_resizing(&mut resize).await?;
         running.delete();
         Ok(i32::try_from(exit.status).unwrap_or(255))
@@ -160,7 +169,10 @@ impl Daemon {
             process_tree::kill(pid, || cgroups.processes(&path));
         });
         let _ = killed.await;
-        let _ = running.shim.kill(&running.id, &running.exec_id, 9, false).await;
+        let _ = running
+            .shim
+            .kill(&running.id, &running.exec_id, 9, false)
+            .await;
         let wait = running.shim.wait(&running.id, &running.exec_id);
         let _ = tokio::time::timeout(Duration::from_secs(2), wait).await;
         let _ = running.shim.delete(&running.id, &running.exec_id).await;

@@ -139,7 +139,10 @@ impl Container {
     pub async fn ended(&self) {
         let mut live = self.live.subscribe();
         let running = |state: &ContainerState| {
-            matches!(state, ContainerState::Running { .. } | ContainerState::Starting)
+            matches!(
+                state,
+                ContainerState::Running { .. } | ContainerState::Starting
+            )
         };
         // The sender lives as long as `self`.
         let _ = live.wait_for(|live| !running(&live.state)).await;

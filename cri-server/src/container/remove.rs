@@ -17,15 +17,17 @@ impl Daemon {
             self.stop_container(container, Duration::ZERO).await?;
         }
         let _step = container.step.lock().await;
-        if self.registry.containers.find_optional(container.id())?.is_none() {
+        if self
+            .registry
+            .containers
+            .find_optional(container.id())?
+            .is_none()
+        {
             // Another removal was faster.
             return Ok(());
         }
         let before = container.state();
-        let had_task = !matches!(
-            before,
-            ContainerState::Created | ContainerState::Creating
-        );
+        let had_task = !matches!(before, ContainerState::Created | ContainerState::Creating);
         let exit = match before {
             ContainerState::Exited { exit } | ContainerState::Removing { exit } => exit,
             ContainerState::Creating
@@ -44,8 +46,11 @@ impl Daemon {
         let fixed = &container.fixed;
         self.container_names
             .release(&(fixed.sandbox_id.clone(), fixed.config.name.clone()));
-        self.events
-            .publish(EventKind::Deleted, container.id(), fixed.sandbox_id.as_str());
+        self.events.publish(
+            EventKind::Deleted,
+            container.id(),
+            fixed.sandbox_id.as_str(),
+        );
         Ok(())
     }
 
@@ -73,5 +78,6 @@ impl Daemon {
 fn is_mounted(dir: &std::path::Path) -> bool {
     use std::os::unix::fs::MetadataExt;
     let device = |path: &std::path::Path| std::fs::metadata(path).map(|m| m.dev()).ok();
-    dir.parent().is_some_and(|parent| device(dir) != device(parent))
+    dir.parent()
+        .is_some_and(|parent| device(dir) != device(parent))
 }

@@ -82,7 +82,10 @@ impl Daemon {
     fn new_task(&self, sandbox: &Sandbox, fixed: &Fixed) -> Result<NewTask> {
         let handler = self.handler(&sandbox.fixed.handler)?;
         let snapshot = self.images.snapshot(fixed.id.as_str()).ok_or_else(|| {
-            Error::state(format!("container {}", fixed.id), "its root file system is gone")
+            Error::state(
+                format!("container {}", fixed.id),
+                "its root file system is gone",
+            )
         })?;
         let log = match &fixed.log_path {
             Some(path) => format!("cri-log://{}", path.display()),

@@ -194,7 +194,13 @@ mod tests {
             ),
             (
                 running,
-                [Deny("already running"), Proceed, Proceed, Proceed, KillFirst],
+                [
+                    Deny("already running"),
+                    Proceed,
+                    Proceed,
+                    Proceed,
+                    KillFirst,
+                ],
             ),
             (exited, [again, AlreadyDone, ended, ended, Proceed]),
             (

@@ -29,7 +29,10 @@ impl Daemon {
             }
         }
         self.signal(container, libc::SIGKILL, true).await?;
-        if tokio::time::timeout(AFTER_KILL, container.ended()).await.is_ok() {
+        if tokio::time::timeout(AFTER_KILL, container.ended())
+            .await
+            .is_ok()
+        {
             return Ok(());
         }
         let stuck = self.host.cgroups.processes(&container.fixed.cgroups_path);

@@ -85,7 +85,10 @@ fn cgroup_parent(parent: String) -> Result<String> {
         return Err(Error::unsupported(field, text));
     }
     if parent.split('/').any(|part| part == "..") || parent.contains('\0') {
-        return Err(Error::invalid(field, format!("{parent:?} leaves its place")));
+        return Err(Error::invalid(
+            field,
+            format!("{parent:?} leaves its place"),
+        ));
     }
     Ok(parent)
 }
@@ -95,9 +98,8 @@ fn ports(mappings: Vec<cri::PortMapping>) -> Result<Vec<Port>> {
     for (i, mapping) in mappings.into_iter().enumerate() {
         let at = format!("config.port_mappings[{i}]");
         let port = |name: &str, value: i32| {
-            u16::try_from(value).map_err(|_| {
-                Error::invalid(format!("{at}.{name}"), format!("{value} is no port"))
-            })
+            u16::try_from(value)
+                .map_err(|_| Error::invalid(format!("{at}.{name}"), format!("{value} is no port")))
         };
         let protocol = match mapping.protocol {
             0 => PortProtocol::Tcp,
@@ -132,7 +134,10 @@ fn namespaces(options: Option<cri::NamespaceOption>, at: &str) -> Result<Namespa
     if let Some(userns) = options.userns_options {
         if userns.mode != cri::NamespaceMode::Node as i32 {
             let text = "pods with a user namespace of their own are not supported yet";
-            return Err(Error::unsupported(format!("{at}.userns_options.mode"), text));
+            return Err(Error::unsupported(
+                format!("{at}.userns_options.mode"),
+                text,
+            ));
         }
         if !userns.uids.is_empty() || !userns.gids.is_empty() {
             let text = "mappings are given for mode NODE";
@@ -176,7 +181,11 @@ pub fn resources(from: cri::LinuxContainerResources) -> Result<Resources> {
         return Err(Error::invalid(format!("{field}.oom_score_adj"), text));
     }
     if from.cpu_period < 0 || from.cpu_shares < 0 {
-        let name = if from.cpu_period < 0 { "cpu_period" } else { "cpu_shares" };
+        let name = if from.cpu_period < 0 {
+            "cpu_period"
+        } else {
+            "cpu_shares"
+        };
         return Err(Error::invalid(format!("{field}.{name}"), "is negative"));
     }
     Ok(Resources {
@@ -205,7 +214,10 @@ fn selinux(options: Option<cri::SeLinuxOption>, field: &str) -> Result<Option<[S
     if parts.iter().all(String::is_empty) {
         return Ok(None);
     }
-    Err(Error::unsupported(field, "SELinux labels are not supported yet"))
+    Err(Error::unsupported(
+        field,
+        "SELinux labels are not supported yet",
+    ))
 }
 
 fn seccomp(
@@ -338,7 +350,9 @@ fn envs(pairs: Vec<cri::KeyValue>) -> Result<Vec<(String, String)>> {
         let bad = |why: &str| Error::invalid(format!("config.envs[{i}]"), why);
         let value = String::from_utf8(pair.value).map_err(|_| bad("the value is not UTF-8"))?;
         if pair.key.is_empty() || pair.key.contains(['=', '\0']) || value.contains('\0') {
-            return Err(bad("the key is empty or has = or NUL, or the value has NUL"));
+            return Err(bad(
+                "the key is empty or has = or NUL, or the value has NUL",
+            ));
         }
         envs.push((pair.key, value));
     }
@@ -381,11 +395,17 @@ fn one_mount(mount: cri::Mount, at: &str) -> Result<MountRequest> {
     }
     if mount.recursive_read_only && propagation != Propagation::Private {
         let field = format!("{at}.recursive_read_only");
-        return Err(Error::invalid(field, "is set with a propagation other than private"));
+        return Err(Error::invalid(
+            field,
+            "is set with a propagation other than private",
+        ));
     }
     let container_path = required(&format!("{at}.container_path"), mount.container_path)?;
     let host_path = required(&format!("{at}.host_path"), mount.host_path)?;
-    for (name, path) in [("container_path", &container_path), ("host_path", &host_path)] {
+    for (name, path) in [
+        ("container_path", &container_path),
+        ("host_path", &host_path),
+    ] {
         if path.contains('\0') {
             return Err(Error::invalid(format!("{at}.{name}"), "has a NUL"));
         }
@@ -441,8 +461,12 @@ fn security(from: cri::LinuxContainerSecurityContext) -> Result<SecurityRequest>
         uid: number("run_as_user", from.run_as_user)?,
         gid: number("run_as_group", from.run_as_group)?,
         username: from.run_as_username,
-        supplemental_groups: groups(&format!("{at}.supplemental_groups"), from.supplemental_groups)?,
-        strict_groups: from.supplemental_groups_policy == cri::SupplementalGroupsPolicy::Strict as i32,
+        supplemental_groups: groups(
+            &format!("{at}.supplemental_groups"),
+            from.supplemental_groups,
+        )?,
+        strict_groups: from.supplemental_groups_policy
+            == cri::SupplementalGroupsPolicy::Strict as i32,
     };
     if user.gid.is_some() && user.uid.is_none() && user.username.is_empty() {
         let why = "is set without run_as_user or run_as_username";
@@ -469,7 +493,10 @@ fn security(from: cri::LinuxContainerSecurityContext) -> Result<SecurityRequest>
 fn identity(field: &str, value: i64) -> Result<u32> {
     match u32::try_from(value) {
         Ok(id) if id != u32::MAX => Ok(id),
-        _ => Err(Error::invalid(field, format!("{value} is no user or group id"))),
+        _ => Err(Error::invalid(
+            field,
+            format!("{value} is no user or group id"),
+        )),
     }
 }
 
@@ -478,7 +505,10 @@ fn groups(field: &str, values: Vec<i64>) -> Result<Vec<u32>> {
 }
 
 /// Parses a label selector: it is kept as it is.
-pub fn labels_match(selector: &BTreeMap<String, String>, labels: &BTreeMap<String, String>) -> bool {
+pub fn labels_match(
+    selector: &BTreeMap<String, String>,
+    labels: &BTreeMap<String, String>,
+) -> bool {
     selector.iter().all(|(k, v)| labels.get(k) == Some(v))
 }
 

@@ -17,7 +17,10 @@ pub struct Images(pub Arc<Daemon>);
 
 impl Images {
     fn selected(&self, filter: Option<cri::ImageFilter>) -> Vec<cri::Image> {
-        let name = filter.and_then(|f| f.image).map(|spec| spec.image).unwrap_or_default();
+        let name = filter
+            .and_then(|f| f.image)
+            .map(|spec| spec.image)
+            .unwrap_or_default();
         let images: Vec<Image> = match name.as_str() {
             "" => self.0.images.list(),
             name => self.0.images.resolve(name).into_iter().collect(),
@@ -71,7 +74,9 @@ impl ImageService for Images {
         request: Request<cri::StreamImagesRequest>,
     ) -> Result<Response<Self::StreamImagesStream>, Status> {
         let images = self.selected(request.into_inner().filter);
-        Ok(batches(images, |images| cri::StreamImagesResponse { images }))
+        Ok(batches(images, |images| cri::StreamImagesResponse {
+            images,
+        }))
     }
 
     async fn image_status(

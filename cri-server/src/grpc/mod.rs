@@ -100,7 +100,15 @@ async fn traced<T>(
 
 /// Whether a call changes something.
 fn changes(rpc: &str) -> bool {
-    let reading = ["Status", "List", "Stats", "Version", "FsInfo", "RuntimeConfig", "ExecSync"];
+    let reading = [
+        "Status",
+        "List",
+        "Stats",
+        "Version",
+        "FsInfo",
+        "RuntimeConfig",
+        "ExecSync",
+    ];
     !reading.iter().any(|part| rpc.contains(part))
 }
 
@@ -129,7 +137,10 @@ mod tests {
             return;
         };
         for rpc in UNSERVED {
-            assert!(readme.contains(rpc), "README.md does not list {rpc} as not served");
+            assert!(
+                readme.contains(rpc),
+                "README.md does not list {rpc} as not served"
+            );
         }
     }
 
@@ -137,7 +148,10 @@ mod tests {
     async fn batches_hold_every_item_once() {
         let response = batches((0..1201).collect(), |batch: Vec<i32>| batch);
         let all: Vec<_> = response.into_inner().map(|b| b.unwrap()).collect().await;
-        assert_eq!(all.iter().map(Vec::len).collect::<Vec<_>>(), [500, 500, 201]);
+        assert_eq!(
+            all.iter().map(Vec::len).collect::<Vec<_>>(),
+            [500, 500, 201]
+        );
         assert_eq!(all.concat(), (0..1201).collect::<Vec<_>>());
     }
 }

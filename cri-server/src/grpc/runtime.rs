@@ -46,7 +46,11 @@ impl Runtime {
 
     fn streaming(&self) -> Result<&StreamingServer> {
         self.0.streaming.get().ok_or_else(|| {
-            Error::new(Kind::Unavailable, "streaming server", "is not listening yet")
+            Error::new(
+                Kind::Unavailable,
+                "streaming server",
+                "is not listening yet",
+            )
         })
     }
 
@@ -186,8 +190,8 @@ impl Runtime {
 }
 
 fn seconds(field: &str, value: i64) -> Result<Duration> {
-    let seconds = u64::try_from(value)
-        .map_err(|_| Error::invalid(field, format!("{value} is negative")))?;
+    let seconds =
+        u64::try_from(value).map_err(|_| Error::invalid(field, format!("{value} is negative")))?;
     Ok(Duration::from_secs(seconds))
 }
 
@@ -364,7 +368,11 @@ impl RuntimeService for Runtime {
         request: Request<cri::CreateContainerRequest>,
     ) -> Served<cri::CreateContainerResponse> {
         let request = request.into_inner();
-        let subject = format!("{} {}", request.pod_sandbox_id, name_of(request.config.as_ref()));
+        let subject = format!(
+            "{} {}",
+            request.pod_sandbox_id,
+            name_of(request.config.as_ref())
+        );
         traced("CreateContainer", &subject, async {
             let config = convert::container_config(request.config)?;
             let sandbox = self.sandbox(&request.pod_sandbox_id)?;
@@ -396,7 +404,11 @@ impl RuntimeService for Runtime {
         let request = request.into_inner();
         traced("StopContainer", &request.container_id, async {
             let grace = seconds("timeout", request.timeout.max(0))?;
-            let found = self.0.registry.containers.find_optional(&request.container_id)?;
+            let found = self
+                .0
+                .registry
+                .containers
+                .find_optional(&request.container_id)?;
             if let Some(container) = found {
                 let daemon = self.0.clone();
                 detached(async move { daemon.stop_container(&container, grace).await }).await?;
@@ -475,7 +487,10 @@ impl RuntimeService for Runtime {
             }
             // Annotations are hints to plugins of other runtimes; the kubelet sends none.
             if let Some(key) = request.annotations.keys().next() {
-                return Err(Error::unsupported("annotations", format!("{key:?} has no meaning")));
+                return Err(Error::unsupported(
+                    "annotations",
+                    format!("{key:?} has no meaning"),
+                ));
             }
             let container = self.container(&request.container_id)?;
             let update = convert::resources(request.linux.unwrap_or_default())?;

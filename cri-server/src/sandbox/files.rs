@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use super::config::{DnsConfig, NamespaceMode};
 use super::Fixed;
+use super::config::{DnsConfig, NamespaceMode};
 use crate::error::{Error, Result};
 use crate::spec_builder::host_files::read_bounded;
 use crate::spec_builder::mounts::PodMounts;
@@ -74,8 +74,7 @@ fn resolv_conf(dns: Option<&DnsConfig>) -> Result<String> {
         return Ok(generated);
     }
     let path = Path::new("/etc/resolv.conf");
-    let bytes =
-        read_bounded(path, MAX_FILE).map_err(|e| Error::io("read", path.display(), e))?;
+    let bytes = read_bounded(path, MAX_FILE).map_err(|e| Error::io("read", path.display(), e))?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 

@@ -85,7 +85,11 @@ impl Daemon {
 }
 
 fn cgroups_path(sandbox: &Sandbox) -> String {
-    format!("{}/{}", sandbox.fixed.cgroup_parent.trim_end_matches('/'), sandbox.id())
+    format!(
+        "{}/{}",
+        sandbox.fixed.cgroup_parent.trim_end_matches('/'),
+        sandbox.id()
+    )
 }
 
 fn spec(sandbox: &Sandbox, runtime: &Path) -> Result<Spec> {
@@ -149,11 +153,7 @@ fn spec(sandbox: &Sandbox, runtime: &Path) -> Result<Spec> {
                 }],
                 ..LinuxResources::default()
             },
-            seccomp: seccomp::profile(
-                fixed.config.seccomp.as_ref(),
-                fixed.config.privileged,
-                &[],
-            )?,
+            seccomp: seccomp::profile(fixed.config.seccomp.as_ref(), fixed.config.privileged, &[])?,
             ..Linux::default()
         },
     })

@@ -13,7 +13,12 @@ impl Daemon {
     /// Removes a sandbox.
     pub async fn remove_sandbox(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<()> {
         let _step = sandbox.step.write().await;
-        if self.registry.sandboxes.find_optional(sandbox.id())?.is_none() {
+        if self
+            .registry
+            .sandboxes
+            .find_optional(sandbox.id())?
+            .is_none()
+        {
             return Ok(());
         }
         if decide(sandbox.state(), Request::Remove) == Decision::StopFirst {
@@ -28,7 +33,8 @@ impl Daemon {
         self.erase_sandbox(sandbox).await?;
         self.registry.sandboxes.remove(sandbox.id());
         self.sandbox_names.release(&sandbox.fixed.config.name);
-        self.events.publish(EventKind::Deleted, sandbox.id(), sandbox.id());
+        self.events
+            .publish(EventKind::Deleted, sandbox.id(), sandbox.id());
         Ok(())
     }
 

@@ -29,7 +29,11 @@ impl Daemon {
         self.sandbox_names
             .run(name, fingerprint, work, |id| {
                 let subject = format!("it belongs to sandbox {id}");
-                Error::new(Kind::AlreadyExists, format!("sandbox name {text:?} is taken"), subject)
+                Error::new(
+                    Kind::AlreadyExists,
+                    format!("sandbox name {text:?} is taken"),
+                    subject,
+                )
             })
             .await
     }
@@ -52,8 +56,10 @@ impl Daemon {
         match self.build_sandbox(&sandbox).await {
             Ok(()) => {
                 self.registry.sandboxes.insert(id.as_str(), sandbox);
-                self.events.publish(EventKind::Created, id.as_str(), id.as_str());
-                self.events.publish(EventKind::Started, id.as_str(), id.as_str());
+                self.events
+                    .publish(EventKind::Created, id.as_str(), id.as_str());
+                self.events
+                    .publish(EventKind::Started, id.as_str(), id.as_str());
                 Ok(id)
             }
             Err(error) => {
@@ -144,5 +150,8 @@ impl Daemon {
 }
 
 fn host_name() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
+    rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned()
 }

@@ -38,9 +38,18 @@ impl Daemon {
             .filter(running)
             .map(|container| (container.id().to_owned(), self.container_stats(&container)))
             .collect();
-        let total = sum(containers.iter().filter_map(|(_, stats)| stats.cgroup.as_ref()));
-        let nano_cores = containers.iter().filter_map(|(_, stats)| stats.nano_cores).sum();
-        let interfaces = sandbox.fixed.netns.as_ref().map(|path| netns::netns_stats(path));
+        let total = sum(containers
+            .iter()
+            .filter_map(|(_, stats)| stats.cgroup.as_ref()));
+        let nano_cores = containers
+            .iter()
+            .filter_map(|(_, stats)| stats.nano_cores)
+            .sum();
+        let interfaces = sandbox
+            .fixed
+            .netns
+            .as_ref()
+            .map(|path| netns::netns_stats(path));
         let mut interfaces = match interfaces {
             Some(Ok(interfaces)) => interfaces,
             // Being stopped, most likely: no interface is the truth then.

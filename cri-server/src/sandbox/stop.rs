@@ -31,7 +31,8 @@ impl Daemon {
             .await
             .map_err(|e| e.within("stop sandbox", sandbox.id()))?;
         sandbox.change(&self.records, |live| live.state = SandboxState::NotReady)?;
-        self.events.publish(EventKind::Stopped, sandbox.id(), sandbox.id());
+        self.events
+            .publish(EventKind::Stopped, sandbox.id(), sandbox.id());
         Ok(())
     }
 
@@ -83,8 +84,14 @@ impl Daemon {
         if let Some(shim) = self.running_shim(sandbox).await {
             shim.shutdown(sandbox.id()).await?;
             // It unlinks its socket on the way out; a shim that does not go still has a task.
-            if tokio::time::timeout(Duration::from_secs(5), shim.gone()).await.is_err() {
-                return Err(Error::state(format!("shim of sandbox {}", sandbox.id()), "did not end"));
+            if tokio::time::timeout(Duration::from_secs(5), shim.gone())
+                .await
+                .is_err()
+            {
+                return Err(Error::state(
+                    format!("shim of sandbox {}", sandbox.id()),
+                    "did not end",
+                ));
             }
         }
         *sandbox.shim.lock().await = None;

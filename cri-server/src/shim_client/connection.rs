@@ -262,7 +262,9 @@ async fn write_frame(stream: &UnixStream, frame: &Frame) -> io::Result<()> {
         stream.writable().await?;
         // Descriptors go with the first byte only.
         let fds: &[OwnedFd] = if sent == 0 { &frame.fds } else { &[] };
-        match stream.try_io(Interest::WRITABLE, || send(stream, &frame.bytes[sent..], fds)) {
+        match stream.try_io(Interest::WRITABLE, || {
+            send(stream, &frame.bytes[sent..], fds)
+        }) {
             Ok(n) => sent += n,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) => return Err(e),
@@ -276,7 +278,9 @@ fn send(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> io::Result<usize>
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
-        return Err(io::Error::other("more than three descriptors in one request"));
+        return Err(io::Error::other(
+            "more than three descriptors in one request",
+        ));
     }
     let slices = [IoSlice::new(bytes)];
     Ok(rustix::net::sendmsg(
@@ -331,8 +335,7 @@ fn next_frame(bytes: &[u8]) -> Option<(u32, u8, &[u8], usize)> {
 }
 
 fn decode(body: &[u8]) -> Answer {
-    let response =
-        ttrpc::Response::decode(body).map_err(|e| ShimError::Garbled(e.to_string()))?;
+    let response = ttrpc::Response::decode(body).map_err(|e| ShimError::Garbled(e.to_string()))?;
     match response.status {
         Some(status) if status.code != 0 => Err(ShimError::Status {
             code: status.code,

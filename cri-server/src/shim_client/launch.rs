@@ -36,9 +36,15 @@ pub async fn delete_leftovers(shim: &Shim, container_id: &str, bundle: &Path) ->
     if !bundle.is_dir() {
         return Ok(());
     }
-    run(shim, container_id, bundle, "delete", Duration::from_secs(20))
-        .await
-        .map(|_| ())
+    run(
+        shim,
+        container_id,
+        bundle,
+        "delete",
+        Duration::from_secs(20),
+    )
+    .await
+    .map(|_| ())
 }
 
 async fn run(

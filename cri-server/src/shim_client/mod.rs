@@ -112,7 +112,9 @@ fn target(service: &'static str, method: &'static str, deadline: Duration) -> Ta
 }
 
 fn nanos(time: Option<prost_types::Timestamp>) -> i64 {
-    time.map_or(0, |t| t.seconds.saturating_mul(1_000_000_000) + i64::from(t.nanos))
+    time.map_or(0, |t| {
+        t.seconds.saturating_mul(1_000_000_000) + i64::from(t.nanos)
+    })
 }
 
 impl ShimClient {
@@ -247,7 +249,10 @@ impl ShimClient {
             id: id.to_owned(),
             exec_id: exec_id.to_owned(),
         };
-        match self.task::<_, task::DeleteResponse>("Delete", RUN, &request).await {
+        match self
+            .task::<_, task::DeleteResponse>("Delete", RUN, &request)
+            .await
+        {
             Ok(_) => Ok(()),
             Err(e) if e.is_not_found() => Ok(()),
             Err(e) => Err(e),

@@ -171,6 +171,9 @@ mod tests {
             ..SecurityRequest::default()
         };
         let error = plan(&security, &[]).unwrap_err().to_string();
-        assert!(error.contains("add_capabilities") && error.contains("ROOT"), "{error}");
+        assert!(
+            error.contains("add_capabilities") && error.contains("ROOT"),
+            "{error}"
+        );
     }
 }

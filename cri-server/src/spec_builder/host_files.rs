@@ -31,7 +31,10 @@ fn regular(fd: &OwnedFd) -> io::Result<()> {
     if kind == FileType::RegularFile {
         return Ok(());
     }
-    Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        "not a regular file",
+    ))
 }
 
 fn read_fd(fd: OwnedFd, max: u64) -> io::Result<Vec<u8>> {

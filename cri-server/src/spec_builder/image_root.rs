@@ -66,9 +66,9 @@ impl AccountCache {
             return Ok(accounts.clone());
         }
         drop(known);
-        let accounts = Arc::new(read_accounts(layers).map_err(|e| {
-            Error::io("read accounts of image", image_id, e)
-        })?);
+        let accounts = Arc::new(
+            read_accounts(layers).map_err(|e| Error::io("read accounts of image", image_id, e))?,
+        );
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= REMEMBERED {
             known.clear();
@@ -113,7 +113,9 @@ fn from_layers(layers: &[PathBuf]) -> io::Result<Accounts> {
 
 fn optional(read: io::Result<Vec<u8>>) -> io::Result<Vec<u8>> {
     match read {
-        Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ENOTDIR) => {
+        Err(e)
+            if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ENOTDIR) =>
+        {
             Ok(Vec::new())
         }
         answer => answer,
@@ -234,7 +236,12 @@ mod tests {
         let volume = dir.path().join("volume");
         std::fs::create_dir(&volume).unwrap();
         seed_volume(&open(&[image]).unwrap(), "/data", &volume).unwrap();
-        let mode = volume.join("sub/file").metadata().unwrap().permissions().mode();
+        let mode = volume
+            .join("sub/file")
+            .metadata()
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o640);
         let link = std::fs::read_link(volume.join("link")).unwrap();
         assert_eq!(link, Path::new("/etc/passwd"));

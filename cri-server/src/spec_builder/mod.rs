@@ -162,7 +162,10 @@ fn env(config: &ContainerConfig, image: &ImageConfig, hostname: &str) -> Vec<Str
         env.push("TERM=xterm".to_owned());
     }
     let image = image.env.iter().cloned();
-    let asked = config.envs.iter().map(|(key, value)| format!("{key}={value}"));
+    let asked = config
+        .envs
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"));
     for pair in image.chain(asked) {
         let name_len = pair.find('=').unwrap_or(pair.len());
         let same = |known: &String| {
@@ -192,9 +195,10 @@ fn apparmor(security: &SecurityRequest, host: &HostFacts) -> Result<String> {
     match &security.apparmor {
         None | Some(AppArmorRequest::Unconfined) => Ok(String::new()),
         _ if security.privileged => Ok(String::new()),
-        Some(_) if !host.apparmor => {
-            Err(Error::unsupported(field, "AppArmor is not enabled on this host"))
-        }
+        Some(_) if !host.apparmor => Err(Error::unsupported(
+            field,
+            "AppArmor is not enabled on this host",
+        )),
         Some(AppArmorRequest::RuntimeDefault) => Err(Error::unsupported(
             field,
             "there is no default AppArmor profile yet; name a loaded one with Localhost",
@@ -275,7 +279,10 @@ mod tests {
     #[test]
     fn request_overrides_the_image_environment() {
         let mut config = config();
-        config.envs = vec![("A".to_owned(), "x=y".to_owned()), ("N".to_owned(), String::new())];
+        config.envs = vec![
+            ("A".to_owned(), "x=y".to_owned()),
+            ("N".to_owned(), String::new()),
+        ];
         assert_eq!(
             env(&config, &image(), "host"),
             strings(&["PATH=/image", "HOSTNAME=host", "A=x=y", "AB=2", "N="])
@@ -309,9 +316,19 @@ mod tests {
         assert_eq!(json["process"]["cwd"], "/");
         assert_eq!(json["root"]["readonly"], true);
         assert_eq!(json["linux"]["maskedPaths"].as_array().unwrap().len(), 12);
-        assert_eq!(json["process"]["capabilities"]["bounding"].as_array().unwrap().len(), 14);
+        assert_eq!(
+            json["process"]["capabilities"]["bounding"]
+                .as_array()
+                .unwrap()
+                .len(),
+            14
+        );
         assert!(json["linux"].get("seccomp").is_none());
-        let hosts = spec.mounts.iter().find(|m| m.destination == "/etc/hosts").unwrap();
+        let hosts = spec
+            .mounts
+            .iter()
+            .find(|m| m.destination == "/etc/hosts")
+            .unwrap();
         assert!(hosts.options.contains(&"ro".to_owned()));
         assert_eq!(serde_json::from_value::<Spec>(json).unwrap(), spec);
     }

@@ -41,11 +41,7 @@ pub struct Planned {
 }
 
 /// Plans all mounts of a container.
-pub fn plan(
-    config: &ContainerConfig,
-    pod: &PodMounts,
-    volumes: &[ImageVolume],
-) -> Result<Planned> {
+pub fn plan(config: &ContainerConfig, pod: &PodMounts, volumes: &[ImageVolume]) -> Result<Planned> {
     let table = MountTable::read()?;
     let mut requested = Vec::with_capacity(config.mounts.len());
     let mut rootfs_propagation = "";
@@ -69,7 +65,11 @@ pub fn plan(
         ));
     }
     // A request replaces what would be at the same place, and everything that would be below it.
-    mounts.retain(|m| !requested.iter().any(|r| covers(&r.destination, &m.destination)));
+    mounts.retain(|m| {
+        !requested
+            .iter()
+            .any(|r| covers(&r.destination, &m.destination))
+    });
     mounts.extend(requested);
     // Parents before children; otherwise the order of the request.
     mounts.sort_by_key(|m| Path::new(&m.destination).components().count());
@@ -102,7 +102,14 @@ fn standard(privileged: bool) -> Vec<Mount> {
     let sys = ["nosuid", "noexec", "nodev", access];
     let cgroup = ["nosuid", "noexec", "nodev", "relatime", access];
     let dev = ["nosuid", "strictatime", "mode=755", "size=65536k"];
-    let pts = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"];
+    let pts = [
+        "nosuid",
+        "noexec",
+        "newinstance",
+        "ptmxmode=0666",
+        "mode=0620",
+        "gid=5",
+    ];
     vec![
         mount("/proc", "proc", "proc", &kernel),
         mount("/dev", "tmpfs", "tmpfs", &dev),
@@ -116,13 +123,21 @@ fn standard(privileged: bool) -> Vec<Mount> {
 fn pod_files(readonly: bool, pod: &PodMounts) -> Vec<Mount> {
     let access = if readonly { "ro" } else { "rw" };
     let file = |to: &str, from: &Path| {
-        bind(to, from.display().to_string(), &["rbind", "rprivate", access])
+        bind(
+            to,
+            from.display().to_string(),
+            &["rbind", "rprivate", access],
+        )
     };
     vec![
         file("/etc/hostname", &pod.hostname),
         file("/etc/hosts", &pod.hosts),
         file("/etc/resolv.conf", &pod.resolv_conf),
-        bind("/dev/shm", pod.shm.display().to_string(), &["rbind", "rprivate", "rw"]),
+        bind(
+            "/dev/shm",
+            pod.shm.display().to_string(),
+            &["rbind", "rprivate", "rw"],
+        ),
     ]
 }
 
@@ -133,7 +148,10 @@ fn requested_mount(request: &MountRequest, table: &MountTable) -> Result<Mount> 
     }
     // Without SELinux there is no label to set; with it, labels are not supported yet.
     if request.selinux_relabel && Path::new("/sys/fs/selinux/enforce").exists() {
-        return Err(Error::unsupported("selinux_relabel", "SELinux is not supported yet"));
+        return Err(Error::unsupported(
+            "selinux_relabel",
+            "SELinux is not supported yet",
+        ));
     }
     let source = host_path(&request.host_path)?;
     let propagation = match request.propagation {
@@ -203,7 +221,10 @@ impl MountTable {
     /// The mount that holds `path` must have one of the `tags` (proc_pid_mountinfo(5)).
     fn require(&self, path: &Path, tags: &[&str], name: &str) -> Result<()> {
         let (point, optional) = self.holding(path);
-        if optional.iter().any(|field| tags.iter().any(|tag| field.starts_with(tag))) {
+        if optional
+            .iter()
+            .any(|field| tags.iter().any(|tag| field.starts_with(tag)))
+        {
             return Ok(());
         }
         let text = format!(

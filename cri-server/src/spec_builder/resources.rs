@@ -20,7 +20,10 @@ pub fn plan(request: &Resources, host: &HostFacts) -> Result<LinuxResources> {
     }
     if memory.swap.is_some() && !host.swap_accounting {
         let text = "the kernel does not account for swap";
-        return Err(Error::unsupported("linux.resources.memory_swap_limit_in_bytes", text));
+        return Err(Error::unsupported(
+            "linux.resources.memory_swap_limit_in_bytes",
+            text,
+        ));
     }
     if !request.unified.is_empty() && !host.unified {
         let text = "this host has cgroup v1";
@@ -64,7 +67,13 @@ fn hugepages(limits: &[(String, u64)], host: &HostFacts) -> Result<Vec<Hugepage>
 /// Lays an update over the current limits: only what it names changes.
 pub fn updated(current: &Resources, update: &Resources) -> Resources {
     let number = |new: i64, old: i64| if new != 0 { new } else { old };
-    let text = |new: &String, old: &String| if new.is_empty() { old.clone() } else { new.clone() };
+    let text = |new: &String, old: &String| {
+        if new.is_empty() {
+            old.clone()
+        } else {
+            new.clone()
+        }
+    };
     let mut unified = current.unified.clone();
     unified.extend(update.unified.clone());
     Resources {
@@ -123,7 +132,10 @@ mod tests {
             ..Resources::default()
         };
         let error = plan(&request, &host()).unwrap_err().to_string();
-        assert!(error.contains("hugepage_limits") && error.contains("1GB"), "{error}");
+        assert!(
+            error.contains("hugepage_limits") && error.contains("1GB"),
+            "{error}"
+        );
     }
 
     #[test]

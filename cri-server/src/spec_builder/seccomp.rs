@@ -77,15 +77,21 @@ fn default_profile(bounding: &[String]) -> Value {
         rules.push(json!({"names": architecture.allow, "action": "SCMP_ACT_ALLOW"}));
     }
     for persona in &facts.personalities {
-        rules.push(compare("personality", json!({
-            "index": 0, "value": persona, "op": "SCMP_CMP_EQ"})));
+        rules.push(compare(
+            "personality",
+            json!({
+            "index": 0, "value": persona, "op": "SCMP_CMP_EQ"}),
+        ));
     }
     // AF_ALG and AF_VSOCK are refused. The kernel looks at the low 32 bits of the family only, so
     // every comparison is masked: a plain "not equal" could be passed with a high bit set.
     for family in &facts.socket_families {
-        rules.push(compare("socket", json!({
+        rules.push(compare(
+            "socket",
+            json!({
             "index": 0, "value": family.mask, "valueTwo": family.value,
-            "op": "SCMP_CMP_MASKED_EQ"})));
+            "op": "SCMP_CMP_MASKED_EQ"}),
+        ));
     }
     for (capability, names) in &facts.capabilities {
         if bounding.contains(capability) {
@@ -95,8 +101,11 @@ fn default_profile(bounding: &[String]) -> Value {
     if !bounding.iter().any(|c| c == "CAP_SYS_ADMIN") {
         // clone without any CLONE_NEW* flag; clone3 hides its flags behind a pointer, so libc is
         // told that it does not exist and uses clone (moby pull request 42681).
-        rules.push(compare("clone", json!({
-            "index": 0, "value": 0x7E02_0000_u64, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"})));
+        rules.push(compare(
+            "clone",
+            json!({
+            "index": 0, "value": 0x7E02_0000_u64, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}),
+        ));
         rules.push(json!({
             "names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}));
     }
@@ -126,7 +135,11 @@ mod tests {
     #[test]
     fn socket_families_leave_out_alg_and_vsock_only() {
         for family in 0..48 {
-            assert_eq!(socket_allowed(family), family != 38 && family != 40, "{family}");
+            assert_eq!(
+                socket_allowed(family),
+                family != 38 && family != 40,
+                "{family}"
+            );
         }
         // A high bit does not help: the kernel truncates, and so do the masks.
         assert!(!socket_allowed((1 << 32) + 38));
@@ -159,6 +172,10 @@ mod tests {
         let request = |p: &str| Some(SeccompRequest::Localhost(p.to_owned()));
         assert!(profile(request("a.json").as_ref(), false, &[]).is_err());
         assert!(profile(request("/nonexistent").as_ref(), false, &[]).is_err());
-        assert!(profile(request("/nonexistent").as_ref(), true, &[]).unwrap().is_none());
+        assert!(
+            profile(request("/nonexistent").as_ref(), true, &[])
+                .unwrap()
+                .is_none()
+        );
     }
 }

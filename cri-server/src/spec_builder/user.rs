@@ -85,7 +85,9 @@ pub fn resolve(request: &UserRequest, image_user: &str, accounts: &Accounts) -> 
     };
     let gid = request.gid.or(group).unwrap_or(user.gid);
     let mut gids = vec![gid];
-    if !request.strict_groups && let Some(name) = user.name {
+    if !request.strict_groups
+        && let Some(name) = user.name
+    {
         let of_user = |g: &GroupEntry<'_>| g.members.split(',').any(|m| m == name);
         gids.extend(accounts.group().filter(of_user).map(|g| g.gid));
     }
@@ -209,7 +211,15 @@ mod tests {
 
     #[test]
     fn wrong_identities_fail_closed() {
-        for text in ["4294967295", "4294967296", "nobody", "33:nogroup", "bad", "-1", " 33"] {
+        for text in [
+            "4294967295",
+            "4294967296",
+            "nobody",
+            "33:nogroup",
+            "bad",
+            "-1",
+            " 33",
+        ] {
             assert!(image(text).is_err(), "{text}");
         }
     }
@@ -222,7 +232,10 @@ mod tests {
             supplemental_groups: vec![5, 9],
             ..UserRequest::default()
         };
-        assert_eq!(user(request.clone(), "root").unwrap(), (33, 9, vec![9, 50000, 5]));
+        assert_eq!(
+            user(request.clone(), "root").unwrap(),
+            (33, 9, vec![9, 50000, 5])
+        );
         request.strict_groups = true;
         assert_eq!(user(request, "root").unwrap(), (33, 9, vec![9, 5]));
     }

@@ -73,7 +73,11 @@ where
             Some(Err(error)) => Err(error),
             None => {
                 jobs.remove(&key);
-                Err(Error::new(Kind::Internal, "the job ended without a result", ""))
+                Err(Error::new(
+                    Kind::Internal,
+                    "the job ended without a result",
+                    "",
+                ))
             }
         }
     }
@@ -156,7 +160,11 @@ mod tests {
     async fn retry_of_a_cancelled_request_joins_its_job() {
         let jobs = Jobs::default();
         let first = jobs.run("k", "f".into(), after(50, Ok(1)), taken);
-        assert!(tokio::time::timeout(Duration::from_millis(5), first).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(5), first)
+                .await
+                .is_err()
+        );
         let retry = jobs.run("k", "f".into(), after(0, Ok(2)), taken).await;
         assert_eq!(retry.unwrap(), 1);
         let third = jobs.run("k", "f".into(), after(0, Ok(3)), taken).await;
@@ -167,9 +175,18 @@ mod tests {
     async fn undelivered_result_goes_to_the_retry() {
         let jobs = Jobs::default();
         let first = jobs.run("k", "f".into(), after(10, Ok(1)), taken);
-        assert!(tokio::time::timeout(Duration::from_millis(2), first).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(2), first)
+                .await
+                .is_err()
+        );
         tokio::time::sleep(Duration::from_millis(40)).await;
-        assert_eq!(jobs.run("k", "f".into(), after(0, Ok(2)), taken).await.unwrap(), 1);
+        assert_eq!(
+            jobs.run("k", "f".into(), after(0, Ok(2)), taken)
+                .await
+                .unwrap(),
+            1
+        );
     }
 
     #[tokio::test]
@@ -189,9 +206,23 @@ mod tests {
     async fn failure_frees_the_name() {
         let jobs = Jobs::default();
         let failure = Err(Error::new(Kind::Internal, "no", ""));
-        assert!(jobs.run("k", "f".into(), after(0, failure), taken).await.is_err());
-        assert_eq!(jobs.run("k", "f".into(), after(0, Ok(2)), taken).await.unwrap(), 2);
+        assert!(
+            jobs.run("k", "f".into(), after(0, failure), taken)
+                .await
+                .is_err()
+        );
+        assert_eq!(
+            jobs.run("k", "f".into(), after(0, Ok(2)), taken)
+                .await
+                .unwrap(),
+            2
+        );
         jobs.release(&"k");
-        assert_eq!(jobs.run("k", "f".into(), after(0, Ok(3)), taken).await.unwrap(), 3);
+        assert_eq!(
+            jobs.run("k", "f".into(), after(0, Ok(3)), taken)
+                .await
+                .unwrap(),
+            3
+        );
     }
 }

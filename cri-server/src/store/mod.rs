@@ -56,7 +56,11 @@ impl<T> Index<T> {
             (Some((_, entry)), None) => Ok(entry.clone()),
             (Some(_), Some(_)) => {
                 let text = format!("{} id prefix {id:?}", self.what);
-                Err(Error::new(Kind::InvalidArgument, text, "fits more than one"))
+                Err(Error::new(
+                    Kind::InvalidArgument,
+                    text,
+                    "fits more than one",
+                ))
             }
             (None, _) => Err(Error::not_found(self.what, id)),
         }
@@ -126,7 +130,10 @@ mod tests {
         assert_eq!(*index.find("abd").unwrap(), "abd");
         assert_eq!(index.find("ab").unwrap_err().kind(), Kind::InvalidArgument);
         assert_eq!(index.find("c").unwrap_err().kind(), Kind::NotFound);
-        assert_eq!(index.find("c").unwrap_err().to_string(), "thing \"c\": not found");
+        assert_eq!(
+            index.find("c").unwrap_err().to_string(),
+            "thing \"c\": not found"
+        );
         assert_eq!(index.find("").unwrap_err().kind(), Kind::InvalidArgument);
         assert!(index.find_optional("c").unwrap().is_none());
         assert_eq!(index.select("").len(), 3);
