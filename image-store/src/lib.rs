@@ -9,16 +9,19 @@
 //! snapshots/<key>/{snapshot.json,upper/,work/}
 //! gc/<n>/                 renamed away, deleted in the background
 //! ```
-//! Code, in the order data flows: `reference` and `digest` parse names; `registry` fetches; `pull`
-//! drives one pull; `unpack` turns a layer stream into a directory; `content` keeps records;
-//! `snapshot` makes container file systems; `gc` deletes; `lock` keeps a second daemon out.
+//! Code, in the order data flows: `reference` and `digest` parse names; `pull` drives one pull;
+//! `registry` fetches; `layer` gets layers into staging, `unpack` turns their streams into
+//! directories; `commit` makes them an image; `content` keeps records; `snapshot` makes container
+//! file systems; `gc` deletes; `lock` keeps a second daemon out; `store` is the public face.
 #![forbid(unsafe_code)]
 
 mod api;
+mod commit;
 mod content;
 mod digest;
 mod error;
 mod gc;
+mod layer;
 mod lock;
 mod pull;
 mod reference;

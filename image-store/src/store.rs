@@ -23,8 +23,9 @@ use crate::content::{
 use crate::digest::ImageId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gc::Collector;
+use crate::layer::LayerSlots;
 use crate::lock::Lock;
-use crate::pull::{self, LayerSlots, Pulls};
+use crate::pull::{self, Pulls};
 use crate::snapshot;
 
 /// The store. Cheap to clone; all clones share one state.

@@ -28,6 +28,8 @@ use transport::{Endpoint, Get, backoff};
 const INDEX_DEPTH_MAX: usize = 3;
 /// How often one blob may be resumed after a broken connection.
 const RESUMES_MAX: u32 = 8;
+/// How many of those in a row may bring nothing new.
+const STALLS_MAX: u32 = 2;
 
 /// The registry as one pull sees it.
 pub(crate) struct Registry {
@@ -194,7 +196,7 @@ impl Registry {
             if !endpoint.host.pull {
                 continue;
             }
-            let mut resumes = 0;
+            let (mut resumes, mut stalls) = (0, 0);
             loop {
                 let before = offset;
                 let copied = self
@@ -204,12 +206,14 @@ impl Registry {
                     Ok(()) => return Ok(transfer),
                     Err(error) => error,
                 };
-                let broken = matches!(
-                    error.kind(),
-                    ErrorKind::RegistryUnavailable | ErrorKind::DeadlineExceeded
-                );
                 resumes += 1;
-                if !broken || offset == before || resumes > RESUMES_MAX {
+                stalls = if offset > before { 0 } else { stalls + 1 };
+                let worth_it = match error.kind() {
+                    ErrorKind::RegistryUnavailable => offset > 0 && stalls <= STALLS_MAX,
+                    ErrorKind::DeadlineExceeded => offset > before,
+                    _ => false,
+                };
+                if !worth_it || resumes > RESUMES_MAX {
                     failures.push(error);
                     break;
                 }
