@@ -40,9 +40,9 @@ pub(crate) fn on_fresh_host(test: impl FnOnce(&Host) + Send) {
             rustix::mount::mount_change("/", private).unwrap();
             rustix::mount::mount("tmpfs", "/run", "tmpfs", MountFlags::empty(), None).unwrap();
             sh("ip link set lo up; sysctl -qw net.ipv4.ip_forward=0");
-            test(&Host {
-                dir: tempfile::tempdir().unwrap(),
-            });
+            // On the tmpfs, so that pinned namespaces do not keep it from going away.
+            let dir = tempfile::tempdir_in("/run").unwrap();
+            test(&Host { dir });
         });
         if let Err(panic) = thread.join() {
             std::panic::resume_unwind(panic);
