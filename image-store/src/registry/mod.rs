@@ -94,7 +94,7 @@ impl Registry {
             .try_each(self.order(0), |endpoint| {
                 let usable = endpoint.host.resolve || (pinned.is_some() && endpoint.host.pull);
                 let (locator, pinned) = (&locator, &pinned);
-                usable.then(|| async move {
+                usable.then_some(async move {
                     let fetched = self.fetch_manifest(endpoint, locator).await?;
                     let digest = match pinned {
                         Some(pinned) => self.verify(endpoint, &fetched.body, pinned)?,
@@ -132,7 +132,7 @@ impl Registry {
             let (_, (document, size)) = self
                 .try_each(self.order(endpoint), |endpoint| {
                     let chosen = &chosen;
-                    endpoint.host.pull.then(|| async move {
+                    endpoint.host.pull.then_some(async move {
                         let locator = chosen.digest.to_string();
                         let fetched = self.fetch_manifest(endpoint, &locator).await?;
                         self.verify(endpoint, &fetched.body, &chosen.digest)?;
@@ -156,7 +156,7 @@ impl Registry {
     pub(crate) async fn config(&self, descriptor: &Descriptor, first: usize) -> Result<Vec<u8>> {
         let (_, body) = self
             .try_each(self.order(first), |endpoint| {
-                endpoint.host.pull.then(|| async move {
+                endpoint.host.pull.then_some(async move {
                     let what = format!("config {}", descriptor.digest);
                     let get = self.blob_get(endpoint, &descriptor.digest, 0, what.clone());
                     let response = endpoint.get(&get).await?;
@@ -214,7 +214,7 @@ impl Registry {
                     _ => false,
                 };
                 if !worth_it || resumes > RESUMES_MAX {
-                    failures.push(error);
+                    failures.push((index, error));
                     break;
                 }
                 tracing::debug!(%error, offset, "resuming blob");
@@ -414,17 +414,18 @@ impl Registry {
                 Ok(value) => return Ok((index, value)),
                 Err(error) => {
                     tracing::debug!(%error, "registry host failed");
-                    failures.push(error);
+                    failures.push((index, error));
                 }
             }
         }
         Err(self.join(failures))
     }
 
-    /// One error of many hosts' errors. The kind is the last one's: mirrors are asked before the
-    /// registry, and only the registry knows what does not exist.
-    fn join(&self, mut failures: Vec<Error>) -> Error {
-        let Some(last) = failures.pop() else {
+    /// One error of many hosts' errors. The kind is that of the registry itself, if it was asked:
+    /// only the registry knows what does not exist.
+    fn join(&self, mut failures: Vec<(usize, Error)>) -> Error {
+        failures.sort_by_key(|(index, _)| *index);
+        let Some((_, last)) = failures.pop() else {
             return Error::new(
                 ErrorKind::RegistryUnavailable,
                 "registry",
@@ -435,9 +436,12 @@ impl Registry {
         if failures.is_empty() {
             return last;
         }
-        let earlier: Vec<String> = failures.iter().map(ToString::to_string).collect();
+        let mirrors: Vec<String> = failures
+            .iter()
+            .map(|(_, error)| error.to_string())
+            .collect();
         Error::new(last.kind(), "", last.to_string())
-            .because(format!("(before that: {})", earlier.join("; ")))
+            .because(format!("(mirrors: {})", mirrors.join("; ")))
     }
 }
 

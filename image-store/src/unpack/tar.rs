@@ -596,7 +596,7 @@ fn parse_pax(mut records: &[u8], into: &mut Extensions) -> Result<()> {
         records = rest;
         if key == b"GNU.sparse.offset" || key == b"GNU.sparse.numbytes" {
             let is_offset = key == b"GNU.sparse.offset";
-            if (into.sparse_pairs.len() % 2 == 0) != is_offset
+            if into.sparse_pairs.len().is_multiple_of(2) != is_offset
                 || into.sparse_pairs.len() >= 2 * SPARSE_SEGMENTS_MAX
             {
                 return Err(corrupt("a malformed sparse map"));
@@ -630,7 +630,7 @@ fn gnu_segments(map: &[GnuSparseHeader], numbers: &mut Vec<u64>) -> Result<()> {
 /// Ascending, without overlap, inside the file, and as long in sum as what is stored.
 fn check_segments(numbers: &[u64], size: u64, stored: u64) -> Result<Vec<Segment>> {
     let bad = || corrupt("a sparse map that does not fit its file");
-    if numbers.len() % 2 != 0 || numbers.len() > 2 * SPARSE_SEGMENTS_MAX {
+    if !numbers.len().is_multiple_of(2) || numbers.len() > 2 * SPARSE_SEGMENTS_MAX {
         return Err(bad());
     }
     let (mut end, mut sum) = (0u64, 0u64);

@@ -330,12 +330,17 @@ impl TestStore {
 pub struct DockerRegistry {
     child: Child,
     pub address: String,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl DockerRegistry {
     /// `None` when the program is missing.
     pub async fn start() -> Option<Self> {
+        DockerRegistry::start_with("", None).await
+    }
+
+    /// `http` is added to the `http:` section of its configuration.
+    pub async fn start_with(http: &str, data: Option<PathBuf>) -> Option<Self> {
         let program = "docker-registry";
         Command::new(program)
             .arg("--version")
@@ -351,8 +356,8 @@ impl DockerRegistry {
         let text = format!(
             "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nstorage:\n  \
              filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\nhttp:\n  \
-             addr: 127.0.0.1:{port}\n",
-            dir.path().join("data").display()
+             addr: 127.0.0.1:{port}\n{http}",
+            data.unwrap_or_else(|| dir.path().join("data")).display()
         );
         std::fs::write(&config, text).expect("write config");
         let child = Command::new(program)
@@ -367,7 +372,7 @@ impl DockerRegistry {
         let registry = DockerRegistry {
             child,
             address: format!("127.0.0.1:{port}"),
-            _dir: dir,
+            dir,
         };
         let deadline = Instant::now() + Duration::from_secs(20);
         while TcpStream::connect(&registry.address).await.is_err() {
@@ -379,6 +384,11 @@ impl DockerRegistry {
 
     pub fn name(&self, rest: &str) -> String {
         format!("{}/{rest}", self.address)
+    }
+
+    /// Where it keeps its content: another one may serve the same.
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
     }
 
     pub async fn push(&self, repository: &str, tag: &str, image: &TestImage) {

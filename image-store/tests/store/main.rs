@@ -7,5 +7,6 @@ mod hostile;
 mod pulls;
 mod recovery;
 mod snapshots;
+mod tls;
 mod tokens;
 mod trees;

@@ -23,9 +23,9 @@ async fn pull_by_tag_then_by_digest_then_remove_leaves_nothing() {
     let name = registry.name("team/app:v1");
     let pulled = test.pull(&name).await.expect("pull");
     assert_eq!(pulled.id.to_string(), image.id());
-    assert_eq!(pulled.repo_tags, [name.clone()]);
+    assert_eq!(pulled.repo_tags, [name.as_str()]);
     let digest_name = format!("{}@{}", registry.name("team/app"), image.manifest_digest());
-    assert_eq!(pulled.repo_digests, [digest_name.clone()]);
+    assert_eq!(pulled.repo_digests, [digest_name.as_str()]);
     assert_eq!(pulled.config.entrypoint, ["/bin/sh"]);
     assert_eq!(
         (

@@ -36,7 +36,7 @@ async fn reopened_store_has_its_images_and_snapshots_and_sheds_the_rest() {
     std::fs::create_dir_all(root.join("layers/unreachable/fs")).expect("mkdir");
     let record = root
         .join("layers")
-        .join(&pulled.layers[0].diff_id.hex())
+        .join(pulled.layers[0].diff_id.hex())
         .join("layer.json");
     std::fs::copy(&record, root.join("layers/unreachable/layer.json")).expect("copy");
     std::fs::create_dir_all(root.join("layers/broken/fs")).expect("mkdir");
@@ -49,7 +49,7 @@ async fn reopened_store_has_its_images_and_snapshots_and_sheds_the_rest() {
         dir,
     };
     test.store.settle();
-    assert_eq!(test.store.list(), [pulled.clone()]);
+    assert_eq!(test.store.list(), std::slice::from_ref(&pulled));
     assert_eq!(test.store.snapshot("c"), Some(snapshot));
     let again = test.store.fs_info();
     assert_eq!((again.bytes, again.inodes), (info.bytes, info.inodes));
