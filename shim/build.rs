@@ -23,7 +23,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let set = protox::compile(FILES.iter().map(|f| root.join(f)), [root])?;
     prost_build::Config::new()
         .btree_map(["."])
-        .skip_debug(["."])
         .include_file("messages.rs")
         .compile_fds(set)?;
     Ok(())

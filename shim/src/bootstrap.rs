@@ -171,11 +171,11 @@ pub fn start(args: &Args) -> Result<()> {
     let group = group(&bundle, &args.id)?;
     let path = socket::path(&dir, &args.address, &args.namespace, &group)?;
     let address = format!("unix://{}", path.display());
-    if let Bound::Listening(listener) = socket::bind(&path)? {
-        if let Err(e) = spawn(args, &asked, &path, listener, &bundle) {
-            crate::records::remove_socket(&path);
-            return Err(e);
-        }
+    if let Bound::Listening(listener) = socket::bind(&path)?
+        && let Err(e) = spawn(args, &asked, &path, listener, &bundle)
+    {
+        crate::records::remove_socket(&path);
+        return Err(e);
     }
     // containerd 1.6 and 1.7 find the shim again by this file; so does `delete`.
     crate::records::write(&bundle.join("address"), address.as_bytes())

@@ -412,7 +412,7 @@ impl Supervisor {
         // A deleted process's reader gets one more look, a living one's more.
         let deleted = owner
             .as_ref()
-            .is_none_or(|id| self.tasks.get(&id.task).is_none());
+            .is_none_or(|id| !self.tasks.contains_key(&id.task));
         let patience = if deleted || self.ending.is_some() {
             1
         } else {

@@ -92,6 +92,19 @@ impl Logger {
         self.alive
     }
 
+    /// Its descriptor 5 also closes when it dies, a moment before the reaper can see that. The
+    /// kernel sets PF_EXITING before it closes descriptors (do_exit).
+    pub fn dying(&self) -> bool {
+        const PF_EXITING: u64 = 4;
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let flags = rest
+            .split_ascii_whitespace()
+            .nth(6)
+            .and_then(|f| f.parse::<u64>().ok());
+        flags.is_none_or(|f| f & PF_EXITING != 0)
+    }
+
     /// Wrote to or closed its descriptor 5.
     pub fn ready(&mut self) {
         self.ready = None;

@@ -231,7 +231,8 @@ impl Supervisor {
         let Some(logger) = self.ios.get(&io).and_then(Io::logger) else {
             return;
         };
-        let (ready, alive) = (logger.is_ready(), logger.alive());
+        let ready = logger.is_ready();
+        let alive = logger.alive() && !(ready && logger.dying());
         let Some(task) = self.tasks.get_mut(&id.task) else {
             return;
         };
