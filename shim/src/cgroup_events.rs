@@ -35,7 +35,14 @@ impl OomWatch {
         let Some(file) = cgroup.oom_file() else {
             return Ok(());
         };
-        let mut descriptor = None;
+        let seen = cgroup.oom_kills().unwrap_or(0);
+        let watched = Watched {
+            cgroup: cgroup.clone(),
+            seen,
+            descriptor: None,
+        };
+        // Known even when the kernel will not notify: the counter is read at the exit.
+        self.tasks.insert(id.to_owned(), watched);
         if cgroup.v2.is_some() {
             let set = match &self.inotify {
                 Some(set) => set,
@@ -47,7 +54,10 @@ impl OomWatch {
                 }
             };
             let mask = inotify::WatchFlags::MODIFY;
-            descriptor = Some(inotify::add_watch(set.fd(), &file, mask)?);
+            let descriptor = inotify::add_watch(set.fd(), &file, mask)?;
+            if let Some(watched) = self.tasks.get_mut(id) {
+                watched.descriptor = Some(descriptor);
+            }
         } else {
             let event = match &self.eventfd {
                 Some(event) => event,
@@ -63,15 +73,6 @@ impl OomWatch {
             let line = format!("{} {}", event.fd().as_raw_fd(), control.as_raw_fd());
             std::fs::write(file.with_file_name("cgroup.event_control"), line)?;
         }
-        let seen = cgroup.oom_kills().unwrap_or(0);
-        self.tasks.insert(
-            id.to_owned(),
-            Watched {
-                cgroup: cgroup.clone(),
-                seen,
-                descriptor,
-            },
-        );
         Ok(())
     }
 

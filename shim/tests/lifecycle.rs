@@ -55,12 +55,13 @@ fn wrong_requests_are_refused_by_name_and_leave_nothing() {
     };
     let good = pod.request("a", &pod.config("a", "sleep 100"));
     let fds = open_fds(pod.shim_pid());
-    let refused = |pod: &mut Pod, change: &dyn Fn(&mut task::CreateTaskRequest)| {
+    type Change<'a> = &'a dyn Fn(&mut task::CreateTaskRequest);
+    let refused = |pod: &mut Pod, change: Change<'_>| {
         let mut request = good.clone();
         change(&mut request);
         pod.create(&request).unwrap_err()
     };
-    let cases: [(i32, &str, &dyn Fn(&mut task::CreateTaskRequest)); 9] = [
+    let cases: [(i32, &str, Change<'_>); 9] = [
         (3, "../x", &|r| r.id = "../x".into()),
         (3, "not absolute", &|r| r.bundle = "rel".into()),
         (3, "/nonexistent/config.json", &|r| {

@@ -400,3 +400,32 @@ fn output_of_a_fast_process_is_all_there_when_wait_answers() {
     assert_eq!(lines.len(), 20 * 64 + 1);
     finish(pod, "a");
 }
+
+#[test]
+fn background_writer_does_not_keep_an_exit_from_being_told() {
+    let Some(mut pod) = Pod::new("noisy") else {
+        return;
+    };
+    pod.run("a", "sleep 100");
+    let log = format!("cri-log://{}", pod.dir.join("exec.log").display());
+    let mut request =
+        pod.exec_request("a", "e", "while :; do echo noise; done & echo mine; exit 8");
+    request.stdout = log.clone();
+    request.stderr = log;
+    pod.client.call::<()>("Exec", &request).unwrap();
+    pod.start("a", "e").unwrap();
+    let begin = Instant::now();
+    assert_eq!(pod.wait("a", "e").unwrap(), 8);
+    assert!(
+        begin.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begin.elapsed()
+    );
+    assert!(
+        fs::read_to_string(pod.dir.join("exec.log"))
+            .unwrap()
+            .contains("stdout F mine")
+    );
+    pod.delete("a", "e").unwrap();
+    finish(pod, "a");
+}

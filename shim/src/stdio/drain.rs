@@ -51,11 +51,12 @@ enum Step {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Progress {
     Finished,
+    /// A slow reader still takes what the process left.
     Moving,
     /// The reader of the sink does not take what is there.
     Stuck,
-    /// Nothing to read: another process holds the pipe open.
-    Quiet,
+    /// All that the process itself wrote is delivered: another process holds the pipe open.
+    Held,
 }
 
 impl Drain {
@@ -261,11 +262,15 @@ impl Drain {
                 (false, false) => Progress::Stuck,
             };
         };
+        // A log takes everything at once: what is there now was written after the exit.
+        if !matches!(self.sink, Sink::Peer(_)) {
+            return Progress::Held;
+        }
         let waiting = rustix::io::ioctl_fionread(source.fd()).unwrap_or(0) > 0;
         match (waiting || !self.pending.is_empty(), moved) {
             (true, true) => Progress::Moving,
             (true, false) => Progress::Stuck,
-            (false, _) => Progress::Quiet,
+            (false, _) => Progress::Held,
         }
     }
 }

@@ -89,8 +89,9 @@ pub struct Io {
     /// A terminal's streams end in descriptors of a client.
     passed: bool,
     logger: Option<Logger>,
-    /// Looks in a row at which a reader had not moved.
+    /// Looks in a row at which a reader had not moved, and looks at all.
     stuck: u32,
+    looks: u32,
 }
 
 /// After the process's exit: is its output all delivered?
@@ -320,8 +321,9 @@ impl Io {
         }
     }
 
-    /// Called every two seconds after the exit. A pipe that another process holds open without
-    /// writing is given up at once, a reader that does not move after `patience` looks.
+    /// Called every two seconds after the exit. A pipe that another process holds open is given
+    /// up at once, a reader that does not move after `patience` looks, one that moves after six
+    /// times that.
     pub fn look(&mut self, ctx: &mut Ctx<'_>, patience: u32) -> Drained {
         let mut stuck = self.attachments.behind();
         for stream in 0..2 {
@@ -331,14 +333,16 @@ impl Io {
             match drain.progress() {
                 Progress::Finished | Progress::Moving => {}
                 Progress::Stuck => stuck = true,
-                Progress::Quiet => {
+                Progress::Held => {
                     drain.end(ctx, &mut self.log);
                     self.attachments.end(stream);
                 }
             }
         }
         self.stuck = if stuck { self.stuck + 1 } else { 0 };
-        if self.stuck >= patience {
+        self.looks += 1;
+        let enough = if self.passed { patience } else { patience * 6 };
+        if self.stuck >= patience || self.looks >= enough {
             for drain in self.drains.iter_mut().flatten() {
                 drain.abandon(ctx, &mut self.log);
             }

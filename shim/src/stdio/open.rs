@@ -169,6 +169,7 @@ pub fn open(
         passed: wanted.terminal && wanted.stdout == Address::Passed,
         logger: opening.logger,
         stuck: 0,
+        looks: 0,
     };
     Ok((io, ProcessEnds([stdin, stdout, stderr])))
 }
