@@ -24,7 +24,7 @@ use crate::init::identity::{self, LabelFiles};
 use crate::init::resolve::Root;
 use crate::init::{self, Never, program};
 use crate::launch::channel::Channel;
-use crate::launch::{self, Conversation, process};
+use crate::launch::{self, Conversation, Goal, process};
 use crate::plan::{LaunchOptions, ProcessPlan};
 use crate::seccomp;
 use crate::state::open_process;
@@ -42,16 +42,15 @@ pub struct Request<'a> {
     pub console: Option<ConsoleSocket>,
 }
 
-/// A process of the container with one step left.
+/// A process of the container that executes its program.
 #[derive(Debug)]
 pub struct Joined {
     pub pid: i32,
     pub pidfd: OwnedFd,
     pub master: Option<OwnedFd>,
-    channel: Channel,
 }
 
-/// Makes the process.
+/// Makes the process and lets it execute its program.
 ///
 /// # Errors
 /// Anything; the process is gone then.
@@ -88,41 +87,19 @@ pub fn join(request: Request<'_>) -> Result<Joined> {
         console: request.console,
         master: None,
     };
-    let ready = conversation
-        .until_ready(pid)
-        .and_then(|()| match plan.oom_score_adj {
-            Some(adjustment) => process::set_oom_score_adj(pid, adjustment),
-            None => Ok(()),
-        });
+    let executed = match plan.oom_score_adj {
+        Some(adjustment) => process::set_oom_score_adj(pid, adjustment),
+        None => Ok(()),
+    }
+    .and_then(|()| channel.proceed())
+    .and_then(|()| conversation.until(Goal::Executed, pid));
     let master = conversation.master;
-    match ready {
-        Ok(()) => Ok(Joined {
-            pid,
-            pidfd,
-            master,
-            channel,
-        }),
+    match executed {
+        Ok(()) => Ok(Joined { pid, pidfd, master }),
         Err(error) => {
             process::end(pid, pidfd.as_fd())?;
             Err(error)
         }
-    }
-}
-
-impl Joined {
-    /// Lets the process execute its program.
-    ///
-    /// # Errors
-    /// It could not be executed; the process is gone then.
-    pub fn execute(&self) -> Result<()> {
-        let executed = self
-            .channel
-            .proceed()
-            .and_then(|()| launch::until_executed(&self.channel));
-        if executed.is_err() {
-            process::end(self.pid, self.pidfd.as_fd())?;
-        }
-        executed
     }
 }
 
@@ -297,7 +274,6 @@ impl Child<'_> {
         identity::close_others(plan)?;
         exec::reset_signals().map_err(|error| Error::system("sigaction", "", error))?;
         identity::load_filter_late(plan, channel)?;
-        channel.report_ready()?;
         channel.wait()?;
         Err(init::execute(plan, &file, home))
     }

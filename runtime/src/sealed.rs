@@ -62,6 +62,15 @@ pub fn ensure() -> Result<()> {
     Err(Error::system("execveat", "/proc/self/exe", error))
 }
 
+/// Does the same before the command line is parsed, which would be for nothing in a process that is
+/// about to execute itself again. Only a guess from the words: the commands call [`ensure`] anyway.
+pub fn ensure_early(mut words: impl Iterator<Item = std::ffi::OsString>) {
+    if words.any(|word| word == "create" || word == "run" || word == "exec") {
+        // The command itself reports what is wrong.
+        let _ = ensure();
+    }
+}
+
 /// A file on a read-only mount, or a memory file that is sealed against writing.
 fn is_sealed(exe: &OwnedFd) -> Result<bool> {
     let stat = rustix::fs::fstatvfs(exe)

@@ -124,6 +124,8 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     let mut options = args.container.prepare()?;
     options.gated = true;
     let launched = launch::launch(args.container.request(global, options)?)?;
-    launched.release()?;
-    Ok(ExitCode::SUCCESS)
+    match launched.release() {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(error) => Err(launched.give_up(error)),
+    }
 }

@@ -119,10 +119,10 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         console: connect(&args.console_socket)?,
     })
     .map_err(|error| error.context("unable to start container process"))?;
-    begin(args, joined, pidfd_socket.as_ref(), signals.as_ref())
+    finish(args, joined, pidfd_socket.as_ref(), signals.as_ref())
 }
 
-fn begin(
+fn finish(
     args: &Args,
     mut joined: Joined,
     pidfd_socket: Option<&ConsoleSocket>,
@@ -139,9 +139,6 @@ fn begin(
     {
         write_pid_file(path, joined.pid)?;
     }
-    joined
-        .execute()
-        .map_err(|error| error.context("unable to start container process"))?;
     match signals {
         None => Ok(ExitCode::SUCCESS),
         Some(signals) => signals
@@ -236,7 +233,7 @@ fn document(path: &Path, own: &Process) -> Result<Process> {
         process.set_scheduler(own.scheduler().clone());
     }
     if process.io_priority().is_none() {
-        process.set_io_priority(own.io_priority().clone());
+        process.set_io_priority(*own.io_priority());
     }
     if process.exec_cpu_affinity().is_none() {
         process.set_exec_cpu_affinity(own.exec_cpu_affinity().clone());
@@ -297,7 +294,8 @@ mod tests {
 
     #[test]
     fn user_table() {
-        let cases: &[(&str, Option<(u32, Option<u32>)>)] = &[
+        type Want = Option<(u32, Option<u32>)>;
+        let cases: &[(&str, Want)] = &[
             ("0", Some((0, None))),
             ("1000:100", Some((1000, Some(100)))),
             ("name", None),

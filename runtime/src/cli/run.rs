@@ -37,7 +37,7 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     };
     let mut launched = launch::launch(request)?;
     if let Err(error) = begin(&launched) {
-        return Err(end_failed(&launched, error));
+        return Err(launched.give_up(error));
     }
     let Some(signals) = signals else {
         return Ok(ExitCode::SUCCESS);
@@ -54,7 +54,6 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
 
 fn begin(launched: &Launched) -> Result<()> {
     launched.release()?;
-    launched.until_executed()?;
     let mut state = launched.state.clone();
     state.status = Status::Running;
     let hooks = launched
@@ -64,14 +63,6 @@ fn begin(launched: &Launched) -> Result<()> {
         .as_deref()
         .unwrap_or_default();
     hooks::run("poststart", hooks, &state, Some(&launched.record.bundle))
-}
-
-fn end_failed(launched: &Launched, error: Error) -> Error {
-    let error = error.context("unable to start container process");
-    match launched.end().and_then(|()| launched.destroy()) {
-        Ok(()) => error,
-        Err(undo) => Error::new(error.kind(), format!("{error:#} (undo: {undo:#})"), ""),
-    }
 }
 
 /// Without a pid namespace the container's orphans come to us, and have to be reaped.

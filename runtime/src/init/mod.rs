@@ -118,6 +118,7 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     let labels = LabelFiles::open(process)?;
     rootfs::enter(&root, &plan.rootfs)?;
     drop(root);
+    child.channel.report_built()?;
 
     let mut home = None;
     if process.needs_home {
@@ -131,9 +132,9 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     identity::close_others(process)?;
     exec::reset_signals().map_err(|error| Error::system("sigaction", "", error))?;
     identity::load_filter_late(process, child.channel)?;
-    child.channel.report_ready()?;
     child.channel.wait()?;
     if let Some(gate) = child.gate {
+        child.channel.report_ready()?;
         crate::launch::gate::wait(gate)?;
     }
     start_hooks(child)?;

@@ -4,8 +4,10 @@
 //! parent --Continue-> child       the id maps are written (user namespaces only)
 //! parent --Continue-> child       the limits are written
 //! parent <--Hooks--- child        the mounts stand: prestart and createRuntime now, then Continue
-//! parent <--Ready--- child        only exec is left
-//! parent --Continue-> child       exec, or wait at the gate
+//! parent <--Built--- child        the root is entered; the record is written while the child
+//!                                 takes on its identity
+//! parent --Continue-> child       exec, or
+//! parent <--Ready--- child          wait at the gate
 //! parent <--Failed-- child        instead of any of these; EOF without it: exec went well
 //! ```
 //!
@@ -30,6 +32,9 @@ const MAX_MESSAGE: usize = 8192;
 /// What a child says.
 #[derive(Debug)]
 pub enum Report {
+    /// The process is where the container is.
+    Built,
+    /// Only `start` is missing.
     Ready,
     Hooks,
     /// The stage's child: its pid as the stage sees it, and a pidfd.
@@ -102,7 +107,12 @@ impl Channel {
         self.send(b'H', &[])
     }
 
-    /// Child: only exec is left.
+    /// Child: the root is entered.
+    pub fn report_built(&self) -> Result<()> {
+        self.send(b'B', &[])
+    }
+
+    /// Child: waits at the gate.
     pub fn report_ready(&self) -> Result<()> {
         self.send(b'R', &[])
     }
@@ -130,9 +140,12 @@ impl Channel {
         self.send_fd(b'L', &[], listener)
     }
 
-    /// Parent: go on.
+    /// Parent: go on. A child that is gone has left its reason to be read, or its end.
     pub fn proceed(&self) -> Result<()> {
-        self.send(b'C', &[])
+        match self.send(b'C', &[]) {
+            Err(error) if error.errno() == Some(libc::EPIPE) => Ok(()),
+            sent => sent,
+        }
     }
 
     /// Child: waits for [`Channel::proceed`]; an error when the parent is gone.
@@ -183,6 +196,7 @@ fn decode(message: &[u8], fd: Option<OwnedFd>) -> Result<Report> {
         return Ok(Report::Closed);
     };
     Ok(match (*tag, fd) {
+        (b'B', None) => Report::Built,
         (b'R', None) => Report::Ready,
         (b'H', None) => Report::Hooks,
         (b'P', Some(fd)) => {

@@ -26,15 +26,26 @@ pub struct Conversation<'a> {
     pub master: Option<OwnedFd>,
 }
 
+/// What the parent waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    Built,
+    Ready,
+    /// The channel closes without a report of failure.
+    Executed,
+}
+
 impl Conversation<'_> {
-    /// Serves the child until only exec is left.
+    /// Serves the child until it is that far.
     ///
     /// # Errors
     /// The child's failure, or that of something it asked for.
-    pub fn until_ready(&mut self, pid: i32) -> Result<()> {
+    pub fn until(&mut self, goal: Goal, pid: i32) -> Result<()> {
         loop {
             match self.channel.next()? {
-                Report::Ready => return Ok(()),
+                Report::Built if goal == Goal::Built => return Ok(()),
+                Report::Ready if goal == Goal::Ready => return Ok(()),
+                Report::Closed if goal == Goal::Executed => return Ok(()),
                 Report::Hooks => {
                     self.run_hooks()?;
                     self.channel.proceed()?;
@@ -49,17 +60,17 @@ impl Conversation<'_> {
                     }
                 }
                 Report::Failed(error) => return Err(in_init(error)),
-                Report::Cloned(..) => {
-                    return Err(Error::new(
-                        Kind::Internal,
-                        "unexpected report of a clone",
-                        "",
-                    ));
-                }
                 Report::Closed => {
                     return Err(Error::new(
                         Kind::System,
                         "container init exited prematurely",
+                        "",
+                    ));
+                }
+                report @ (Report::Built | Report::Ready | Report::Cloned(..)) => {
+                    return Err(Error::new(
+                        Kind::Internal,
+                        format!("unexpected report {report:?} before {goal:?}"),
                         "",
                     ));
                 }
@@ -93,16 +104,4 @@ fn in_init(error: Error) -> Error {
         return error;
     }
     error.context("error during container init")
-}
-
-/// The last word: the channel closes by exec, or brings why not.
-///
-/// # Errors
-/// The program could not be executed.
-pub fn until_executed(channel: &Channel) -> Result<()> {
-    match channel.next()? {
-        Report::Closed => Ok(()),
-        Report::Failed(error) => Err(error),
-        _ => Err(Error::new(Kind::Internal, "unexpected report at exec", "")),
-    }
 }

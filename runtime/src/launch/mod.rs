@@ -4,7 +4,7 @@
 //! probe, check, plan           nothing has happened yet
 //! begin (intent on disk)       from here every failure is undone
 //! cgroup -> clone3 -> maps, limits      (the child builds its root meanwhile)
-//! Ready -> record committed -> Launched --create--> the child waits at the gate
+//! Built -> record committed -> Launched --create--> the child waits at the gate
 //!                                       --run-----> the child executes
 //! ```
 
@@ -47,7 +47,7 @@ use channel::{Channel, Report};
 use undo::Undo;
 
 pub use clone::clone;
-pub use conversation::{Conversation, until_executed};
+pub use conversation::{Conversation, Goal};
 
 /// What `create` and `run` ask for.
 #[derive(Debug)]
@@ -345,7 +345,7 @@ fn start(
         master: None,
     };
     conversation
-        .until_ready(pid)
+        .until(Goal::Built, pid)
         .map_err(|error| explain(error, &cgroup))?;
     let master = conversation.master;
 
@@ -521,17 +521,32 @@ impl Launched {
     /// Lets the init go: to the gate, or to its program.
     ///
     /// # Errors
-    /// The init is gone.
+    /// It does not get there.
     pub fn release(&self) -> Result<()> {
-        self.channel.proceed()
+        self.channel.proceed()?;
+        let mut conversation = Conversation {
+            channel: &self.channel,
+            seccomp: self.plan.process.seccomp.as_ref(),
+            hooks: None,
+            state: &self.state,
+            console: None,
+            master: None,
+        };
+        let goal = if self.plan.gated {
+            Goal::Ready
+        } else {
+            Goal::Executed
+        };
+        conversation.until(goal, self.record.init_pid)
     }
 
-    /// Waits until the program has been executed.
-    ///
-    /// # Errors
-    /// It could not be.
-    pub fn until_executed(&self) -> Result<()> {
-        until_executed(&self.channel)
+    /// Takes the container back after it did not get there. The error with those of the undoing.
+    pub fn give_up(&self, error: Error) -> Error {
+        let error = error.context("unable to start container process");
+        match self.end().and_then(|()| self.destroy()) {
+            Ok(()) => error,
+            Err(undo) => Error::new(error.kind(), format!("{error:#} (undo: {undo:#})"), ""),
+        }
     }
 
     /// Kills the init, whatever it is doing, and reaps it.
