@@ -58,6 +58,8 @@ pub struct Daemon {
     pub handlers: BTreeMap<String, Handler>,
     /// What happened to containers.
     pub events: Events,
+    /// Becomes true when the daemon is to end; endless answers end then.
+    pub stopping: tokio::sync::watch::Sender<bool>,
     /// The streaming server, once it listens.
     pub streaming: OnceLock<StreamingServer>,
     /// Features of the runtimes by handler, once they have been asked.
@@ -91,6 +93,7 @@ impl Daemon {
             accounts: AccountCache::default(),
             handlers: handlers(&config)?,
             events: Events::default(),
+            stopping: tokio::sync::watch::Sender::new(false),
             streaming: OnceLock::new(),
             rro_mounts: OnceLock::new(),
             config,

@@ -21,6 +21,8 @@ pub struct HostFacts {
     pub capabilities: Vec<String>,
     /// AppArmor confines processes here.
     pub apparmor: bool,
+    /// Our own OOM score adjustment.
+    pub oom_score_adj: i64,
     /// Tells one boot from the next.
     pub boot_id: String,
 }
@@ -43,6 +45,10 @@ impl HostFacts {
             swap_accounting: cgroups.accounts_for_swap(),
             capabilities: crate::spec_builder::capabilities::held(bounding),
             apparmor: apparmor && Path::new("/sys/kernel/security/apparmor/profiles").exists(),
+            oom_score_adj: read("/proc/self/oom_score_adj")?
+                .trim()
+                .parse()
+                .unwrap_or(0),
             boot_id: read("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
             cgroups,
         })
@@ -58,6 +64,7 @@ impl HostFacts {
             swap_accounting: true,
             capabilities: crate::spec_builder::capabilities::held(u64::MAX),
             apparmor: false,
+            oom_score_adj: -999,
             boot_id: "test".to_owned(),
         }
     }

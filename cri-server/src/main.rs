@@ -93,7 +93,10 @@ fn run(args: Args) -> Result<()> {
         .enable_all()
         .build()
         .map_err(|e| Error::io("start", "threads", e))?;
-    runtime.block_on(serve(loaded))
+    let served = runtime.block_on(serve(loaded));
+    // Work that still runs is in the records, and taken up at the next start.
+    runtime.shutdown_background();
+    served
 }
 
 fn start_log(config: &Config) -> Result<()> {

@@ -12,9 +12,10 @@ use crate::container::{Container, ContainerRecord};
 use crate::daemon::{Daemon, blocking, now_ns};
 use crate::error::{Error, Result};
 use crate::netns;
+use crate::proto::shim::coracle::shim::v1::StatusResponse;
 use crate::sandbox::state::SandboxState;
 use crate::sandbox::{Sandbox, SandboxRecord};
-use crate::shim_client::{self, STATUS_STOPPED, ShimClient};
+use crate::shim_client::{self, STATUS_CREATED, ShimClient, nanos};
 use crate::store::records::Table;
 
 /// What loading the records found that is not part of the tables.
@@ -158,8 +159,13 @@ impl Daemon {
         let outcome = match (container.state(), shim) {
             (ContainerState::Running { .. } | ContainerState::Starting, Some(shim)) => {
                 match shim.status(id, "").await {
+                    Ok(status) if status.status == STATUS_CREATED => {
+                        self.abandon_task(sandbox, shim, &container.fixed).await;
+                        let why = "the daemon ended in the middle of the start";
+                        self.settle(container, Exit::start_error(why.to_owned(), now_ns()))
+                    }
                     Ok(status) => self
-                        .resume(container, status.pid, status.status)
+                        .resume(container, &status)
                         .map(|()| self.watch(sandbox.clone(), container.clone(), shim.clone())),
                     Err(error) => {
                         let exit = self.bury(sandbox, container, &error.to_string()).await;
@@ -184,11 +190,15 @@ impl Daemon {
     }
 
     /// A start that the last daemon did not see the end of, and that the shim has brought to one.
-    fn resume(&self, container: &Container, pid: u32, status: u32) -> Result<()> {
-        if container.state() != ContainerState::Starting || status == STATUS_STOPPED {
+    fn resume(&self, container: &Container, status: &StatusResponse) -> Result<()> {
+        if container.state() != ContainerState::Starting {
             return Ok(());
         }
-        let started_at_ns = now_ns();
+        let started_at_ns = match nanos(status.started_at) {
+            0 => now_ns(),
+            at => at,
+        };
+        let pid = status.pid;
         container.change(&self.records, |live| {
             live.state = ContainerState::Running { pid, started_at_ns };
         })

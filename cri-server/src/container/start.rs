@@ -69,7 +69,7 @@ impl Daemon {
     }
 
     /// Takes back a task that may be half made.
-    async fn abandon_task(&self, sandbox: &Sandbox, shim: &ShimClient, fixed: &Fixed) {
+    pub async fn abandon_task(&self, sandbox: &Sandbox, shim: &ShimClient, fixed: &Fixed) {
         let id = fixed.id.as_str();
         let _ = shim.kill(id, "", 9, true).await;
         if shim.delete(id, "").await.is_err()

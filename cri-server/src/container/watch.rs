@@ -3,7 +3,7 @@
 //! processes are killed, because nobody could tell how they end.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -18,7 +18,7 @@ use crate::shim_client::{self, ShimClient, ShimError};
 
 /// What the shim leaves in the bundle when a task ends.
 #[derive(Debug, Deserialize)]
-struct ExitRecord {
+pub struct ExitRecord {
     exit_status: u32,
     exited_at_unix_nano: i64,
     #[serde(default)]
@@ -94,11 +94,11 @@ impl Daemon {
     /// The end of a container that no shim can tell about.
     pub async fn bury(&self, sandbox: &Sandbox, container: &Container, why: &str) -> Exit {
         let started = started_at(container);
-        let record = ExitRecord::read(&container.fixed.bundle);
+        let record = self.last_record(sandbox, container);
         if let Err(error) = self.clear_leftovers(sandbox, &container.fixed).await {
             tracing::warn!(container = container.id(), %error, "clean-up after a dead shim failed");
         }
-        match record.or_else(|| ExitRecord::read(&container.fixed.bundle)) {
+        match record {
             Some(exit) => Exit::of_process(
                 exit.exit_status,
                 exit.exited_at_unix_nano,
@@ -110,6 +110,31 @@ impl Daemon {
                 Exit::unknown(why, started, now_ns())
             }
         }
+    }
+
+    /// The exit record that the shim of a container wrote before it died. The clean-up after a
+    /// dead shim kills every container of the pod and writes records that only say so; therefore
+    /// the first container to be buried reads the records of all.
+    fn last_record(&self, sandbox: &Sandbox, container: &Container) -> Option<ExitRecord> {
+        let mut last = sandbox
+            .last_exits
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if !last.contains_key(container.id()) {
+            let lives = |member: &Arc<Container>| {
+                let state = member.state();
+                matches!(
+                    state,
+                    ContainerState::Running { .. } | ContainerState::Starting
+                )
+            };
+            let members = self.registry.containers_of(sandbox.id());
+            for member in members.into_iter().filter(lives) {
+                last.entry(member.id().to_owned())
+                    .or_insert_with(|| ExitRecord::read(&member.fixed.bundle));
+            }
+        }
+        last.remove(container.id()).flatten()
     }
 
     /// Kills and removes what a dead shim left of a container: processes, cgroup, mount.

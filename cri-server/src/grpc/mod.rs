@@ -8,7 +8,7 @@ pub mod runtime;
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio_stream::Stream;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -29,6 +29,9 @@ pub type Batches<T> = Pin<Box<dyn Stream<Item = std::result::Result<T, Status>> 
 /// The CRI's clients send and accept 16 MiB.
 const MAX_MESSAGE: usize = 16 << 20;
 
+/// For calls under way when the daemon is told to stop.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Entries in one message of a streamed list.
 const BATCH: usize = 500;
 
@@ -43,7 +46,7 @@ pub const UNSERVED: [&str; 7] = [
     "UpdatePodSandboxResources",
 ];
 
-/// Serves both services until `stop` is done; calls under way are finished.
+/// Serves both services until `stop` is done; calls under way then get some time to finish.
 pub async fn serve(
     daemon: Arc<Daemon>,
     listening: Listening,
@@ -53,14 +56,31 @@ pub async fn serve(
     let runtime = RuntimeServiceServer::new(runtime::Runtime(daemon.clone()))
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
-    let images = ImageServiceServer::new(image::Images(daemon))
+    let images = ImageServiceServer::new(image::Images(daemon.clone()))
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
+    let mut stopping = daemon.stopping.subscribe();
+    let mut stopped = daemon.stopping.subscribe();
     let served = tonic::transport::Server::builder()
         .add_service(runtime)
         .add_service(images)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop)
-        .await;
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+            let _ = stopping.wait_for(|stopping| *stopping).await;
+        });
+    let patience = async move {
+        let _ = stopped.wait_for(|stopping| *stopping).await;
+        tokio::time::sleep(PATIENCE).await;
+    };
+    let signal = async {
+        stop.await;
+        daemon.stopping.send_replace(true);
+        std::future::pending::<()>().await;
+    };
+    let served = tokio::select! {
+        served = served => served,
+        () = patience => Ok(()),
+        () = signal => Ok(()),
+    };
     drop(lock);
     served.map_err(|e| Error::new(Kind::Internal, "serve", "grpc").because(e))
 }

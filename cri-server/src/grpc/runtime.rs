@@ -682,8 +682,14 @@ impl RuntimeService for Runtime {
         let (sender, receiver) = tokio::sync::mpsc::channel(64);
         let daemon = self.0.clone();
         tokio::spawn(async move {
+            let mut stopping = daemon.stopping.subscribe();
             loop {
-                let answer = match events.recv().await {
+                let event = tokio::select! {
+                    event = events.recv() => event,
+                    _ = stopping.wait_for(|stopping| *stopping) => return,
+                    () = sender.closed() => return,
+                };
+                let answer = match event {
                     Ok(event) => Ok(event_response(&daemon, &event)),
                     Err(RecvError::Lagged(_)) => {
                         Err(Status::resource_exhausted("events were lost: list again"))

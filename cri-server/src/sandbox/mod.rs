@@ -12,11 +12,13 @@ pub mod state;
 pub mod stats;
 pub mod stop;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use crate::container::watch::ExitRecord;
 use crate::error::Result;
 use crate::id::SandboxId;
 use crate::network::Attached;
@@ -88,6 +90,8 @@ pub struct Sandbox {
     /// Held for writing by what ends the sandbox, for reading by what makes or starts a container
     /// in it. Reads of state never take it.
     pub step: tokio::sync::RwLock<()>,
+    /// Exit records read when the shim was found dead, for the containers not yet buried.
+    pub last_exits: Mutex<BTreeMap<String, Option<ExitRecord>>>,
     /// Held while the init of a shared pid namespace is made.
     pub init_step: tokio::sync::Mutex<()>,
     /// The connection to the shim, made when it is first needed.
@@ -102,6 +106,7 @@ impl Sandbox {
             live: Mutex::new(record.live),
             saving: Mutex::default(),
             step: tokio::sync::RwLock::default(),
+            last_exits: Mutex::default(),
             init_step: tokio::sync::Mutex::default(),
             shim: tokio::sync::Mutex::default(),
         }

@@ -82,6 +82,10 @@ impl Daemon {
 
     async fn let_shim_go(&self, sandbox: &Sandbox) -> Result<()> {
         if let Some(shim) = self.running_shim(sandbox).await {
+            // Their watchers delete the tasks as well; a shim that has one left would stay.
+            for container in self.registry.containers_of(sandbox.id()) {
+                shim.delete(container.id(), "").await?;
+            }
             shim.shutdown(sandbox.id()).await?;
             // It unlinks its socket on the way out; a shim that does not go still has a task.
             if tokio::time::timeout(Duration::from_secs(5), shim.gone())

@@ -111,7 +111,8 @@ fn target(service: &'static str, method: &'static str, deadline: Duration) -> Ta
     }
 }
 
-fn nanos(time: Option<prost_types::Timestamp>) -> i64 {
+/// Nanoseconds since the epoch; 0 for none.
+pub fn nanos(time: Option<prost_types::Timestamp>) -> i64 {
     time.map_or(0, |t| {
         t.seconds.saturating_mul(1_000_000_000) + i64::from(t.nanos)
     })
@@ -363,5 +364,7 @@ pub struct AttachIo {
     pub stderr: Option<OwnedFd>,
 }
 
+/// A shim's status number of a process that waits for its start.
+pub const STATUS_CREATED: u32 = 1;
 /// A shim's status number of a stopped process (containerd.v1.types.Status).
 pub const STATUS_STOPPED: u32 = 3;

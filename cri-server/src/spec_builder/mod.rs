@@ -105,7 +105,7 @@ pub fn build(input: Input<'_>) -> Result<Spec> {
         rlimits: Vec::new(),
         no_new_privileges: security.no_new_privs,
         apparmor_profile: apparmor(security, input.host)?,
-        oom_score_adj: config.resources.as_ref().map(|r| r.oom_score_adj),
+        oom_score_adj: oom_score_adj(config, input.host),
     };
     Ok(Spec {
         oci_version: OCI_VERSION.to_owned(),
@@ -128,6 +128,14 @@ pub fn build(input: Input<'_>) -> Result<Spec> {
             readonly_paths: paths(security, &security.readonly_paths, &READONLY_PATHS),
         },
     })
+}
+
+/// What was asked for. Where nothing was, a container gets 0: it would inherit the shim's value,
+/// which is near our own protected one.
+fn oom_score_adj(config: &ContainerConfig, host: &HostFacts) -> Option<i64> {
+    let inherited = (host.oom_score_adj <= 0).then_some(0);
+    let asked = config.resources.as_ref().map(|r| r.oom_score_adj);
+    asked.or(inherited)
 }
 
 fn paths(security: &SecurityRequest, asked: &[String], default: &[&str]) -> Vec<String> {
@@ -315,6 +323,7 @@ mod tests {
         let json = serde_json::to_value(&spec).unwrap();
         assert_eq!(json["process"]["cwd"], "/");
         assert_eq!(json["root"]["readonly"], true);
+        assert_eq!(json["process"]["oomScoreAdj"], 0);
         assert_eq!(json["linux"]["maskedPaths"].as_array().unwrap().len(), 12);
         assert_eq!(
             json["process"]["capabilities"]["bounding"]
