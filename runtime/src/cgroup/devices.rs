@@ -25,6 +25,7 @@ impl Access {
     pub const MKNOD: Access = Access(4);
     const ALL: Access = Access(7);
 
+    /// Other letters mean nothing, as with runc, unless there is nothing else.
     fn parse(text: &str) -> Option<Access> {
         let mut access = Access(0);
         for letter in text.bytes() {
@@ -32,10 +33,10 @@ impl Access {
                 b'r' => Access::READ.0,
                 b'w' => Access::WRITE.0,
                 b'm' => Access::MKNOD.0,
-                _ => return None,
+                _ => 0,
             };
         }
-        Some(access)
+        (access.0 != 0).then_some(access)
     }
 
     pub fn has(self, other: Access) -> bool {

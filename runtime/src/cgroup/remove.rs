@@ -162,22 +162,22 @@ fn describe(cgroup: &Cgroup) -> String {
 
 pub(super) fn delete(cgroup: &Cgroup) -> Result<()> {
     let mut first_error = None;
+    let deadline = Instant::now() + EMPTY_TIMEOUT;
     for place in &cgroup.dirs {
-        if let Err(error) = delete_one(cgroup, place) {
+        if let Err(error) = delete_one(cgroup, place, deadline) {
             first_error.get_or_insert(error);
         }
     }
     first_error.map_or(Ok(()), Err)
 }
 
-fn delete_one(cgroup: &Cgroup, place: &Place) -> Result<()> {
+fn delete_one(cgroup: &Cgroup, place: &Place, deadline: Instant) -> Result<()> {
     // Nearly always the cgroup is empty, and this the only call.
     match rustix::fs::rmdir(&place.path) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         Err(_) if !place.path.exists() => return Ok(()),
         Err(_) => {}
     }
-    let deadline = Instant::now() + EMPTY_TIMEOUT;
     loop {
         let removed = walk(&place.path, &mut |path| match rustix::fs::rmdir(path) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),

@@ -264,18 +264,18 @@ fn overlay(before: &Value, new: Map<String, Value>) -> Map<String, Value> {
 }
 
 fn merge_cpu(before: &Value, new: Map<String, Value>) -> (Value, Value) {
-    // An idle cgroup takes no weight.
     let idle_alone = new.contains_key("idle") && !new.contains_key("shares");
     let asked: Vec<String> = new.keys().cloned().collect();
-    let kept = overlay(before, new);
+    let mut kept = overlay(before, new);
+    if idle_alone {
+        // An idle cgroup takes no weight, now or in a later update.
+        kept.remove("shares");
+    }
     let mut written = kept.clone();
     for member in ["cpus", "mems", "burst", "idle"] {
         if !asked.iter().any(|name| name == member) {
             written.remove(member);
         }
-    }
-    if idle_alone {
-        written.remove("shares");
     }
     (written.into(), kept.into())
 }
