@@ -492,3 +492,33 @@ fn update_changes_the_limit() {
     pod.delete("a", "").unwrap();
     pod.shutdown();
 }
+
+#[test]
+fn runtime_killed_in_its_create_leaves_nothing() {
+    let Some(mut pod) = Pod::new("killed") else {
+        return;
+    };
+    // Does its work and is killed before it could tell the pid.
+    let mut request = pod.request("a", &pod.config("a", "sleep 100"));
+    let real = pod.runtime_path();
+    let wrapper = pod.dir.join("wrapper");
+    let body = format!(
+        "#!/bin/sh\ncase \"$*\" in *' create '*) {0} \"$@\"; rm -f {1}/init.pid; kill -9 $$;; *) exec {0} \"$@\";; esac\n",
+        real.display(),
+        pod.bundle("a").display()
+    );
+    fs::write(&wrapper, body).unwrap();
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
+    let good = request.options.clone();
+    request.options = Some(pod.options(&wrapper));
+    let error = pod.create(&request).unwrap_err();
+    assert!(error.message.contains("137"), "{error:?}");
+    let shim = pod.shim_pid();
+    wait_until("the container to die", || children(shim).is_empty());
+    // The id is free at once.
+    request.options = good;
+    pod.create(&request).unwrap();
+    pod.delete("a", "").unwrap();
+    pod.shutdown();
+}

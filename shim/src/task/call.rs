@@ -33,8 +33,10 @@ pub enum Job {
     Delete {
         force: bool,
     },
-    /// After a failed step; nobody waits for it.
-    CleanUp,
+    /// After a create that failed in its midst: what it made goes before its caller is told.
+    CleanUp {
+        error: Error,
+    },
 }
 
 pub struct Running {
@@ -139,13 +141,13 @@ impl Supervisor {
                 };
                 self.tell(reply, result.map_err(failed));
             }
-            Job::CleanUp => {
-                if let Err(text) = result
-                    && !is_absent(&text)
-                {
+            Job::CleanUp { error } => {
+                let left = result.err().filter(|text| !is_absent(text));
+                if let Some(text) = left {
                     self.journal
                         .warn(&format!("clean up after {}: {text}", id.task));
                 }
+                self.abandon_task(&id, reply, error);
             }
         }
     }

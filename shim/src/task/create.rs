@@ -136,8 +136,10 @@ impl Supervisor {
                 .map_err(|e| Error::io("mkdir", rootfs.display().to_string(), e))?;
             crate::mounts::mount_all(&r.rootfs, &rootfs)?;
         }
-        // A record of an earlier life of this id must not be taken for this one's.
-        let _ = fs::remove_file(bundle.join("exit.json"));
+        // Records of an earlier life of this id must not be taken for this one's.
+        for name in ["exit.json", "init.pid", "shim.json"] {
+            let _ = fs::remove_file(bundle.join(name));
+        }
         let names = StdioNames {
             stdin: r.stdin.clone(),
             stdout: r.stdout.clone(),
@@ -387,24 +389,32 @@ impl Supervisor {
         io.start(&self.poll)
     }
 
-    /// Undoes a Create, or puts an exec back, and tells the caller.
+    /// Undoes a Create, or puts an exec back, and tells the caller. A runtime removes what it
+    /// made when it fails, but not when it was killed, or when the failure was ours.
     pub fn launch_failed(&mut self, id: &ProcessId, reply: Option<Reply>, error: Error) {
         if !id.is_init() {
             return self.exec_failed(id, reply, error);
         }
+        let Some(task) = self.tasks.get_mut(&id.task) else {
+            return;
+        };
+        task.init.state = State::Creating;
+        let parts = args(&["delete", "--force", &id.task]);
+        match task.runtime.spawn(&parts, None, Vec::new()) {
+            Ok(call) => self.track(call, Job::CleanUp { error }, id, reply),
+            Err(e) => {
+                self.journal.warn(&e.to_string());
+                self.abandon_task(id, reply, error);
+            }
+        }
+    }
+
+    /// Forgets a task that never came to be.
+    pub fn abandon_task(&mut self, id: &ProcessId, reply: Option<Reply>, error: Error) {
         let Some(mut task) = self.tasks.remove(&id.task) else {
             return;
         };
-        // The runtime removes what it made when its create fails; this is for a failure after it.
-        if let Ok(pid) = read_pid(&task.bundle.join("init.pid")) {
-            self.pids.remove(&pid);
-            let call =
-                task.runtime
-                    .spawn(&args(&["delete", "--force", &task.id]), None, Vec::new());
-            if let Ok(call) = call {
-                self.track(call, Job::CleanUp, id, None);
-            }
-        }
+        self.pids.retain(|_, owner| owner != id);
         self.oom.remove(&task.id);
         if let Some(io) = task.init.io.take() {
             self.abandon_io(io);

@@ -262,6 +262,22 @@ impl Pod {
         })
     }
 
+    pub fn runtime_path(&self) -> PathBuf {
+        self.runtime.clone()
+    }
+
+    pub fn options(&self, runtime: &Path) -> Any {
+        let options = Options {
+            binary_name: runtime.display().to_string(),
+            root: self.dir.join("runtime").display().to_string(),
+            ..Default::default()
+        };
+        Any {
+            type_url: "containerd.runc.v1.Options".to_owned(),
+            value: options.encode_to_vec(),
+        }
+    }
+
     /// Writes the bundle; gives the request with a CRI log, to be changed as a test likes.
     pub fn request(&self, container: &str, config: &Value) -> task::CreateTaskRequest {
         let bundle = self.bundle(container);
@@ -269,11 +285,6 @@ impl Pod {
             fs::create_dir_all(bundle.join(sub)).unwrap();
         }
         fs::write(bundle.join("config.json"), config.to_string()).unwrap();
-        let options = Options {
-            binary_name: self.runtime.display().to_string(),
-            root: self.dir.join("runtime").display().to_string(),
-            ..Default::default()
-        };
         let log = format!("cri-log://{}", self.log(container).display());
         let overlay = Mount {
             r#type: "overlay".to_owned(),
@@ -291,10 +302,7 @@ impl Pod {
             rootfs: vec![overlay],
             stdout: log.clone(),
             stderr: log,
-            options: Some(Any {
-                type_url: "containerd.runc.v1.Options".to_owned(),
-                value: options.encode_to_vec(),
-            }),
+            options: Some(self.options(&self.runtime)),
             ..Default::default()
         }
     }
