@@ -441,6 +441,7 @@ impl Drop for Pod {
         {
             println!("shim.log: {line}");
         }
+        let _ = Command::new("umount").arg(self.dir.join("small")).status();
         let mut client = Client::connect(&self.socket);
         let connect = task::ConnectRequest {
             id: "any".to_owned(),
