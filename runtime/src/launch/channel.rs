@@ -176,9 +176,10 @@ impl Channel {
                 RecvFlags::CMSG_CLOEXEC,
             ) {
                 Ok(received) => break received.bytes,
-                Err(Errno::INTR) => {}
-                // A child that dies with a message unread resets the connection.
-                Err(Errno::CONNRESET) => return Ok(Report::Closed),
+                // A child that dies with a message unread resets the connection. The kernel tells
+                // of that once and before what the child had still sent, so what comes next is
+                // its last words, or the end.
+                Err(Errno::INTR | Errno::CONNRESET) => {}
                 Err(error) => return Err(Error::system("recvmsg", "the start channel", error)),
             }
         };
@@ -265,6 +266,22 @@ mod tests {
         parent.proceed().unwrap();
         child.wait().unwrap();
         drop(child);
+        assert!(matches!(parent.next().unwrap(), Report::Closed));
+    }
+
+    #[test]
+    fn last_words_outlive_a_reset_connection() {
+        let (parent, child) = Channel::pair().unwrap();
+        child
+            .report_failure(&Error::new(Kind::Exec, "last words", ""))
+            .unwrap();
+        parent.proceed().unwrap();
+        // Gone with the parent's message unread.
+        drop(child);
+        match parent.next().unwrap() {
+            Report::Failed(error) => assert_eq!(error.to_string(), "last words"),
+            other => panic!("{other:?}"),
+        }
         assert!(matches!(parent.next().unwrap(), Report::Closed));
     }
 
