@@ -8,6 +8,7 @@ pub mod create;
 pub mod delete;
 pub mod events;
 pub mod exec;
+mod fast;
 pub mod features;
 pub mod kill;
 pub mod list;
@@ -160,6 +161,13 @@ fn version() -> String {
 }
 
 fn parse(argv: &[OsString]) -> std::result::Result<(GlobalArgs, Command), clap::Error> {
+    match fast::parse(argv) {
+        Some(parsed) => Ok(parsed),
+        None => parse_whole(argv),
+    }
+}
+
+fn parse_whole(argv: &[OsString]) -> std::result::Result<(GlobalArgs, Command), clap::Error> {
     let matches = CommandLine::command().try_get_matches_from(argv)?;
     let line = CommandLine::from_arg_matches(&matches)?;
     Ok((line.global.resolve(), line.command))

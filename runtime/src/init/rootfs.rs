@@ -7,6 +7,7 @@
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
@@ -72,8 +73,7 @@ fn privatise_parent(path: &CStr) -> Result<()> {
 /// Covers `linux.maskedPaths`: files by the null device, directories by an empty read-only tmpfs.
 /// What is not there needs no cover; anything else that fails, fails the container.
 pub fn mask(root: &Root, plan: &Plan) -> Result<()> {
-    let mut null: Option<OwnedFd> = None;
-    let mut empty: Option<OwnedFd> = None;
+    let (mut null, mut empty) = (Cover::default(), Cover::default());
     for path in &plan.masked_paths {
         let target = match root.find(path) {
             Ok(target) => target,
@@ -81,23 +81,32 @@ pub fn mask(root: &Root, plan: &Plan) -> Result<()> {
             Err(error) => return Err(at("openat2", path, error).context("mask path")),
         };
         let stat = rustix::fs::fstat(&target).map_err(|error| at("fstat", path, error))?;
-        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-        let template = if is_directory { &mut empty } else { &mut null };
-        let template = match template {
-            Some(template) => template,
-            None => template.insert(if is_directory {
-                empty_tmpfs()?
-            } else {
-                null_mount()?
-            }),
+        let cover = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => empty.next(empty_tmpfs)?,
+            _ => null.next(null_mount)?,
         };
-        // The first cover and all later ones are clones: the template stays detached.
-        let cover =
-            clone_handle(template.as_fd(), false).map_err(|error| at("open_tree", path, error))?;
         attach(cover.as_fd(), target.as_fd())
             .map_err(|error| at("move_mount", path, error).context("mask path"))?;
     }
     Ok(())
+}
+
+/// One mount for the first path, clones of it for the others. None is ever left unattached: to
+/// drop a detached mount costs an expedited RCU grace period, about 100 us.
+#[derive(Default)]
+struct Cover {
+    attached: Option<Rc<OwnedFd>>,
+}
+
+impl Cover {
+    fn next(&mut self, make: fn() -> Result<OwnedFd>) -> Result<Rc<OwnedFd>> {
+        let Some(first) = &self.attached else {
+            return Ok(self.attached.insert(Rc::new(make()?)).clone());
+        };
+        clone_handle(first.as_fd(), false)
+            .map(Rc::new)
+            .map_err(|error| Error::system("open_tree", "the cover of a masked path", error))
+    }
 }
 
 fn empty_tmpfs() -> Result<OwnedFd> {
