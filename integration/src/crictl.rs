@@ -84,6 +84,9 @@ impl Crictl {
     }
 }
 
+/// What the kubelet asks for unless a pod says otherwise: pids of the container's own.
+const NAMESPACES: &str = "/linux/security_context/namespace_options";
+
 /// A JSON document that is filled in by pointers ("/linux/security_context/privileged").
 #[derive(Clone, Debug)]
 pub struct Config(pub Value);
@@ -117,8 +120,8 @@ impl Config {
 pub fn pod(name: &str) -> Config {
     Config(json!({
         "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}"), "attempt": 0},
-        "linux": {"security_context": {}},
     }))
+    .set(NAMESPACES, json!({"pid": 1}))
 }
 
 /// A container that runs `command` (none: the image's own).
@@ -128,8 +131,8 @@ pub fn container(name: &str, image: &str, command: &[&str]) -> Config {
         "image": {"image": image},
         "command": command,
         "log_path": format!("{name}.log"),
-        "linux": {"security_context": {}},
     }))
+    .set(NAMESPACES, json!({"pid": 1}))
 }
 
 /// One parsed line of a container's log.

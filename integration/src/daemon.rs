@@ -27,7 +27,7 @@ state = "{state}"
 socket = "{socket}"
 
 [log]
-level = "debug"
+level = "info"
 
 [image]
 registry_config_dirs = ["{certs}"]
@@ -86,7 +86,7 @@ state_dir = "{network}"
             .arg("--config")
             .arg(self.dir.join("config.toml"))
             .env_remove("NOTIFY_SOCKET");
-        let mut process = Process::start(&mut command, &self.log())?;
+        let mut process = Process::start_in_own_group(&mut command, &self.log())?;
         let socket = self.socket();
         crate::wait_for("coracled's socket", Duration::from_secs(15), || {
             if let Some(status) = process.ended()? {

@@ -45,6 +45,8 @@ impl Isolation {
             .args(["link", "set", "lo", "up"])
             .status()?;
         ensure!(status.success(), "ip link set lo up: {status}");
+        // As on every node of Kubernetes; the daemon leaves it to the administrator.
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("turn on ip_forward")?;
         Ok(old)
     }
 }
@@ -52,7 +54,9 @@ impl Isolation {
 impl Drop for Isolation {
     fn drop(&mut self) {
         // A thread that cannot go back must not run the next test.
-        let back = setns(&self.net, CloneFlags::CLONE_NEWNET)
+        // Threads that the test started share its root and working directory, which setns refuses.
+        let back = unshare(CloneFlags::CLONE_FS)
+            .and_then(|()| setns(&self.net, CloneFlags::CLONE_NEWNET))
             .and_then(|()| setns(&self.mnt, CloneFlags::CLONE_NEWNS));
         if let Err(error) = back {
             eprintln!("cannot leave the test's namespaces: {error}");

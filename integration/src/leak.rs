@@ -37,6 +37,22 @@ impl Snapshot {
         Ok(Self { things })
     }
 
+    /// Only what belongs to this run, by its mark, its ids or the bridge: for a machine where other
+    /// work goes on beside it.
+    pub fn take_own(mark: &str, ids: &[String], bridge: &str) -> Result<Self> {
+        let mut all = Self::take(mark)?;
+        let ports = ports_of(bridge);
+        all.things.retain(|thing| match thing.split_once(' ') {
+            Some(("mount" | "netns", name)) => {
+                name.contains(mark) || ids.iter().any(|id| name.contains(&id[..16.min(id.len())]))
+            }
+            Some(("link", name)) => ports.iter().any(|p| name.starts_with(p.as_str())),
+            Some(("nft", line)) => line.contains(bridge) && line.contains("elements"),
+            _ => true,
+        });
+        Ok(all)
+    }
+
     /// What is there now and was not there before.
     pub fn since(&self, before: &Self) -> Vec<String> {
         self.things.difference(&before.things).cloned().collect()
@@ -74,6 +90,11 @@ fn rules() -> Result<Vec<String>> {
         .filter(|l| l.len() > 1)
         .map(str::to_owned)
         .collect())
+}
+
+/// Names of the links that are plugged into a bridge.
+fn ports_of(bridge: &str) -> Vec<String> {
+    names(&format!("/sys/class/net/{bridge}/brif"))
 }
 
 fn names(dir: &str) -> Vec<String> {

@@ -15,6 +15,12 @@ pub struct Process {
 }
 
 impl Process {
+    /// As `start`, out of reach of a Ctrl-C: the caller ends it when it has cleaned up.
+    pub fn start_in_own_group(command: &mut Command, log: &Path) -> Result<Self> {
+        use std::os::unix::process::CommandExt as _;
+        Self::start(command.process_group(0), log)
+    }
+
     /// Starts it with both outputs appended to `log`.
     pub fn start(command: &mut Command, log: &Path) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();

@@ -67,7 +67,7 @@ impl Registry {
             .arg("serve")
             .arg(&config)
             .env("OTEL_TRACES_EXPORTER", "none");
-        let mut process = Process::start(&mut command, &dir.join("registry.log"))?;
+        let mut process = Process::start_in_own_group(&mut command, &dir.join("registry.log"))?;
         crate::wait_for("the registry", Duration::from_secs(10), || {
             if let Some(status) = process.ended()? {
                 bail!("docker-registry: {status}\n{}", process.log_tail());
