@@ -311,7 +311,11 @@ impl Registry {
     }
 
     async fn fetch_manifest(&self, endpoint: &Endpoint, locator: &str) -> Result<Fetched> {
-        let what = format!("manifest {}:{locator}", self.reference.repository());
+        let separator = if locator.contains(':') { '@' } else { ':' };
+        let what = format!(
+            "manifest {}{separator}{locator}",
+            self.reference.repository()
+        );
         let response = endpoint
             .get(&Get {
                 path: format!("{}/manifests/{locator}", self.reference.repository()),

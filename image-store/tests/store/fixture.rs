@@ -448,6 +448,8 @@ impl Drop for DockerRegistry {
 }
 
 fn client() -> reqwest::Client {
+    // The store does this at its first open, which may come later.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder()
         .no_proxy()
         .tls_certs_only([])

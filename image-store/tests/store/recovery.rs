@@ -118,7 +118,8 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
+        // Lazily: the store's deleting thread may hold its directory for a moment longer.
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
     }
 }
 
