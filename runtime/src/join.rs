@@ -66,6 +66,9 @@ pub fn join(request: Request<'_>) -> Result<Joined> {
     let init = open_process(request.record.init())?
         .ok_or_else(|| Error::new(Kind::State, "cannot exec in a stopped container", ""))?;
     let namespaces = Namespaces::of(request.record)?;
+    if namespaces.user {
+        plan.setgroups = setgroups_allowed(request.record.init_pid)?;
+    }
     let cgroup = Cgroup::open(&request.record.cgroup).exec_subpath(request.cgroups)?;
     let keyring = crate::plan::c_string("id", format!("_ses.{}", request.record.id).as_bytes())?;
     if let Some(cpus) = &plan.initial_affinity {
@@ -106,10 +109,13 @@ pub fn join(request: Request<'_>) -> Result<Joined> {
 /// The container's namespaces, as setns(2) on a pidfd takes them.
 #[derive(Debug, Clone, Copy)]
 struct Namespaces {
-    /// All but the pid namespace.
+    /// What the child joins: all but the pid namespace, which takes effect for children only.
     inside: ThreadNameSpaceType,
     pid: bool,
     user: bool,
+    /// Without rights outside the user namespace, the pid namespace is joined from within: by a
+    /// stage that then clones the process as its own sibling.
+    staged: bool,
 }
 
 impl Namespaces {
@@ -137,12 +143,26 @@ impl Namespaces {
             inside.remove(ThreadNameSpaceType::USER);
         }
         let pid = inside.contains(ThreadNameSpaceType::PROCESS_ID);
-        inside.remove(ThreadNameSpaceType::PROCESS_ID);
+        let user = inside.contains(ThreadNameSpaceType::USER);
+        let staged = user && pid && !rustix::process::geteuid().is_root();
+        if !staged {
+            inside.remove(ThreadNameSpaceType::PROCESS_ID);
+        }
         Ok(Self {
             inside,
             pid,
-            user: inside.contains(ThreadNameSpaceType::USER),
+            user,
+            staged,
         })
+    }
+}
+
+/// A namespace whose maps an unprivileged process has written has given up setgroups(2).
+fn setgroups_allowed(pid: i32) -> Result<bool> {
+    let path = format!("/proc/{pid}/setgroups");
+    match std::fs::read(&path) {
+        Ok(text) => Ok(!text.starts_with(b"deny")),
+        Err(error) => Err(Error::system("read", path, error)),
     }
 }
 
@@ -196,7 +216,8 @@ impl Child<'_> {
         let target = cgroup.clone_into()?;
         let joins = cgroup.self_join()?;
         let (mine, theirs) = Channel::pair()?;
-        let own = if self.namespaces.pid {
+        let staged = self.namespaces.staged;
+        let own = if self.namespaces.pid && !staged {
             Some(self.enter_pid_namespace()?)
         } else {
             None
@@ -213,7 +234,12 @@ impl Child<'_> {
                 &own,
             )?;
         }
+        drop(theirs);
         match side? {
+            Side::Parent { pid, .. } if staged => {
+                let (pid, pidfd) = launch::cloned_by_stage(&mine, pid)?;
+                Ok((mine, pid, pidfd))
+            }
             Side::Parent { pid, pidfd } => Ok((mine, pid, pidfd)),
             Side::Child => Err(Error::new(Kind::Internal, "clone returned twice", "")),
         }
@@ -242,7 +268,6 @@ impl Child<'_> {
     fn steps(&self, joins: &[OwnedFd], channel: &Channel) -> Result<Never> {
         let plan = self.plan;
         init::join_cgroup(joins)?;
-        init::new_session()?;
         // While the host's /proc is still there.
         let labels = LabelFiles::open(plan)?;
         process::set_limits(None, &plan.rlimits)?;
@@ -259,6 +284,13 @@ impl Child<'_> {
         if self.namespaces.user {
             init::become_root()?;
         }
+        if self.namespaces.staged
+            && let Side::Parent { pid, pidfd } = launch::clone(libc::CLONE_PARENT as u64, None)?
+        {
+            channel.report_clone(pid, pidfd.as_fd())?;
+            exit_now(0)
+        }
+        init::new_session()?;
         init::hide()?;
         init::join_keyring(self.keyring)?;
         if plan.terminal {

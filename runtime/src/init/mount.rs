@@ -378,7 +378,12 @@ fn cgroup_v1(
         let mount = if namespaced {
             detached(c"cgroup", c"cgroup", &hierarchy.options, attributes)?
         } else {
-            let tree = clone_tree(&hierarchy.directory, false)?;
+            let tree = match clone_tree(&hierarchy.directory, false) {
+                Err(error) if error.errno() == Some(libc::ENOENT) => {
+                    clone_tree(&hierarchy.inherited, false)?
+                }
+                tree => tree?,
+            };
             set_attributes(tree.as_fd(), attributes, false)?;
             tree
         };

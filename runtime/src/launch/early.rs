@@ -66,8 +66,8 @@ fn prepare(
 ///
 /// # Errors
 /// It is not there.
-pub fn root(plan: &Plan) -> Result<Option<OwnedFd>> {
-    if !plan.namespaces.has_user() {
+pub fn root(plan: &Plan, host: &HostFacts) -> Result<Option<OwnedFd>> {
+    if !plan.namespaces.has_user() || !host.is_root() {
         return Ok(None);
     }
     let tree = clone_tree(&plan.rootfs.c_path, true)?;

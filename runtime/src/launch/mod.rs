@@ -431,7 +431,7 @@ impl Child<'_> {
     ) -> Result<(Channel, i32, OwnedFd)> {
         let namespaces = &self.plan.namespaces;
         let early = early::trees(self.plan, self.host)?;
-        let early_root = early::root(self.plan)?;
+        let early_root = early::root(self.plan, self.host)?;
         let target = cgroup.clone_into()?;
         let joins = cgroup.self_join()?;
         let staged = namespaces.needs_stage();
@@ -475,24 +475,30 @@ impl Child<'_> {
         }
         drop(theirs);
         let (pid, pidfd) = if staged {
-            let cloned = mine.next();
-            process::reap(pid)?;
-            match cloned? {
-                Report::Cloned(pid, pidfd) => (pid, pidfd),
-                Report::Failed(error) => return Err(error),
-                _ => {
-                    return Err(Error::new(
-                        Kind::Internal,
-                        "the stage ended without a report",
-                        "",
-                    ));
-                }
-            }
+            cloned_by_stage(&mine, pid)?
         } else {
             (pid, pidfd)
         };
         let (pid, pidfd) = undo.child(pid, pidfd)?;
         Ok((mine, pid, pidfd))
+    }
+}
+
+/// What a stage has cloned; the stage itself is reaped.
+///
+/// # Errors
+/// It failed.
+pub fn cloned_by_stage(channel: &Channel, stage: i32) -> Result<(i32, OwnedFd)> {
+    let cloned = channel.next();
+    process::reap(stage)?;
+    match cloned? {
+        Report::Cloned(pid, pidfd) => Ok((pid, pidfd)),
+        Report::Failed(error) => Err(error),
+        _ => Err(Error::new(
+            Kind::Internal,
+            "the stage ended without a report",
+            "",
+        )),
     }
 }
 

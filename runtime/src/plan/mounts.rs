@@ -57,7 +57,8 @@ pub struct BindSource {
     pub path: CString,
     pub recursive: bool,
     pub idmap: Option<IdMap>,
-    /// The parent clones the tree: in a user namespace the child may not reach the source.
+    /// The parent clones the tree: in a user namespace the child may not reach the source. Not for
+    /// an unprivileged parent, who reaches no more than its child and may not clone.
     pub early: bool,
 }
 
@@ -92,6 +93,8 @@ pub struct V1Hierarchy {
     pub options: Vec<(CString, Option<CString>)>,
     /// The container's own cgroup, bound where there is no cgroup namespace.
     pub directory: CString,
+    /// The runtime's, for a rootless container that could not get one of its own.
+    pub inherited: CString,
 }
 
 /// Files of /proc that engines replace by a bind mount (lxcfs and the like). Nothing else may be
@@ -243,7 +246,7 @@ fn bind(
     Ok(BindSource {
         path: c_string("mounts.source", path.as_os_str().as_bytes())?,
         recursive: parsed.bind == BindMode::Recursive,
-        early: namespaces.has_user() || idmap.is_some(),
+        early: (namespaces.has_user() && input.host.is_root()) || idmap.is_some(),
         idmap,
     })
 }
@@ -343,6 +346,7 @@ fn cgroup(input: &Input<'_>) -> Result<MountKind> {
                 mounts.push(V1Hierarchy {
                     options: v1_options(hierarchy)?,
                     directory: path(&directory)?,
+                    inherited: path(&hierarchy.own_dir())?,
                     name,
                 });
             }
