@@ -121,6 +121,16 @@ impl Runtime {
         command
     }
 
+    /// The runtime's command line as words, for a program that runs another.
+    pub fn words(&self, args: &[&str]) -> Vec<String> {
+        let program = self.program.display().to_string();
+        let root = self.root.display().to_string();
+        let head = [program, "--root".to_owned(), root];
+        head.into_iter()
+            .chain(args.iter().map(|a| (*a).to_owned()))
+            .collect()
+    }
+
     pub fn try_run(&self, args: &[&str]) -> Result<Output> {
         self.command(args)
             .output()

@@ -6,6 +6,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use nix::sys::signal::{SigSet, SigmaskHow};
 use rustix::process::{Pid, Signal, kill_process};
 
 pub struct Process {
@@ -18,7 +19,11 @@ impl Process {
     /// As `start`, out of reach of a Ctrl-C: the caller ends it when it has cleaned up.
     pub fn start_in_own_group(command: &mut Command, log: &Path) -> Result<Self> {
         use std::os::unix::process::CommandExt as _;
-        Self::start(command.process_group(0), log)
+        // The child would inherit what this thread blocks, and never see a SIGTERM.
+        let blocked = SigSet::empty().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+        let started = Self::start(command.process_group(0), log);
+        blocked.thread_set_mask()?;
+        started
     }
 
     /// Starts it with both outputs appended to `log`.

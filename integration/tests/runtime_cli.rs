@@ -444,3 +444,39 @@ fn hook_failing_stops_the_start_and_leaves_nothing() -> Result<()> {
     );
     bench.finish()
 }
+
+#[test]
+fn run_under_a_caller_that_blocks_and_ignores_signals_container_does_not() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let coracle = bench.coracle()?;
+    let bundle = bench
+        .bundle("b", &bench.config("c", &["show"]))?
+        .display()
+        .to_string();
+    let output = std::process::Command::new("env")
+        .args([
+            "--ignore-signal=TERM",
+            "--ignore-signal=USR1",
+            "--block-signal=HUP",
+        ])
+        .args(coracle.words(&["run", "-b", &bundle, "c"]))
+        .output()?;
+    ensure!(output.status.success(), "{output:?}");
+    let shown: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let bits = |key: &str| {
+        let text = shown["signals"][key]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        u64::from_str_radix(&text, 16)
+    };
+    ensure!(bits("blocked")? == 0, "{:#}", shown["signals"]);
+    // TERM is 15, USR1 is 10.
+    ensure!(
+        bits("ignored")? & (1 << 14 | 1 << 9) == 0,
+        "{:#}",
+        shown["signals"]
+    );
+    bench.finish()
+}

@@ -19,6 +19,9 @@ const IMAGE: &str = "docker.io/coracle/tools:latest";
 const BRIDGE: &str = "coracle0";
 const TABLE: &str = "coracle";
 
+/// What `crictl stats` starts with.
+const CLEAR_SCREEN: &str = "\x1b[2J\x1b[H";
+
 struct Demo {
     dir: PathBuf,
     mark: String,
@@ -32,7 +35,7 @@ struct Demo {
 
 fn main() -> ExitCode {
     let once = std::env::args().any(|a| a == "--once");
-    // Taken by `wait` below; children start with an empty mask.
+    // Taken by `wait` below.
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         signals.add(signal);
@@ -105,7 +108,7 @@ impl Demo {
     fn show(&self, args: &[&str]) -> Result<String> {
         println!("\n$ crictl {}", args.join(" "));
         let output = self.crictl.run(args)?;
-        println!("{output}");
+        println!("{}", output.trim_start_matches(CLEAR_SCREEN));
         Ok(output)
     }
 
@@ -117,12 +120,21 @@ impl Demo {
 
     fn tour(&mut self) -> Result<()> {
         let logs = self.dir.join("logs").display().to_string();
+        // As the kubelet labels them: `crictl ps` shows the pod's name by these.
+        let labels = serde_json::json!({
+            "io.kubernetes.pod.name": "web",
+            "io.kubernetes.pod.namespace": "default",
+            "io.kubernetes.pod.uid": "uid-web",
+        });
         let pod_config = crictl::pod("web")
+            .set("/hostname", "web")
+            .set("/labels", labels.clone())
             .set("/log_directory", logs)
             .set("/linux/cgroup_parent", format!("/{}", self.mark));
         let pod_config = self.write("pod.json", &pod_config)?;
         let script = "echo started in $(hostname); exec probe serve 8080 'hello from a pod'";
-        let config = crictl::container("server", IMAGE, &["sh", "-c", script]);
+        let config =
+            crictl::container("server", IMAGE, &["sh", "-c", script]).set("/labels", labels);
         let config = self.write("container.json", &config)?;
 
         say("pull, run, look");

@@ -39,6 +39,7 @@ pub fn everything() -> Value {
         "seccompFilters": field("Seccomp_filters"),
         "noNewPrivs": field("NoNewPrivs"),
         "umask": field("Umask"),
+        "signals": {"blocked": field("SigBlk"), "ignored": field("SigIgn")},
         "nsPid": ids("NSpid"),
         "cpusAllowed": field("Cpus_allowed_list"),
         "cwd": std::env::current_dir().ok(),
