@@ -23,6 +23,10 @@ use crate::store::jobs::Jobs;
 use crate::store::records::{Records, make_private_dir};
 use crate::streaming::StreamingServer;
 
+/// Names of our own binaries.
+const RUNTIME: &str = "coracle";
+const SHIM: &str = "containerd-shim-coracle-v2";
+
 /// A runtime handler, ready to use.
 #[derive(Debug, Clone)]
 pub struct Handler {
@@ -56,6 +60,9 @@ pub struct Daemon {
     pub accounts: AccountCache,
     /// Runtime handlers; the default one also under the empty name.
     pub handlers: BTreeMap<String, Handler>,
+    /// The binary that is PID 1 of pid namespaces that a pod's containers share: our own runtime,
+    /// whatever runtime the pod's handler has.
+    pub init_binary: PathBuf,
     /// What happened to containers.
     pub events: Events,
     /// Becomes true when the daemon is to end; endless answers end then.
@@ -92,6 +99,7 @@ impl Daemon {
             container_names: Jobs::default(),
             accounts: AccountCache::default(),
             handlers: handlers(&config)?,
+            init_binary: find_binary(Path::new(""), RUNTIME, "pod init")?,
             events: Events::default(),
             stopping: tokio::sync::watch::Sender::new(false),
             streaming: OnceLock::new(),
@@ -137,13 +145,13 @@ fn handlers(config: &Config) -> Result<BTreeMap<String, Handler>> {
 
 fn handler(config: &Config, name: &str, runtime: &RuntimeConfig) -> Result<Handler> {
     let at = |key: &str| format!("config: runtimes.{name}.{key}");
-    let shim = find_binary(&runtime.shim, "containerd-shim-coracle-v2", &at("shim"))?;
+    let shim = find_binary(&runtime.shim, SHIM, &at("shim"))?;
     Ok(Handler {
         shim: Shim {
             binary: shim,
             socket_dir: config.state.join("s"),
         },
-        runtime: find_binary(&runtime.runtime, "coracle", &at("runtime"))?,
+        runtime: find_binary(&runtime.runtime, RUNTIME, &at("runtime"))?,
         runtime_root: config.state.join("runtime"),
     })
 }

@@ -28,7 +28,7 @@ impl Daemon {
         }
         let handler = self.handler(&sandbox.fixed.handler)?;
         let bundle = sandbox.fixed.dir.join("init");
-        let spec = spec(sandbox, &handler.runtime)?;
+        let spec = spec(sandbox, &self.init_binary)?;
         let dir = bundle.clone();
         blocking(move || write_bundle(&dir, &spec)).await?;
         let task = NewTask {
@@ -92,7 +92,7 @@ fn cgroups_path(sandbox: &Sandbox) -> String {
     )
 }
 
-fn spec(sandbox: &Sandbox, runtime: &Path) -> Result<Spec> {
+fn spec(sandbox: &Sandbox, binary: &Path) -> Result<Spec> {
     let fixed = &sandbox.fixed;
     let join = |kind: &str, path: &Option<std::path::PathBuf>| {
         path.as_ref().map(|path| Namespace {
@@ -137,7 +137,7 @@ fn spec(sandbox: &Sandbox, runtime: &Path) -> Result<Spec> {
             Mount {
                 destination: "/coracle".to_owned(),
                 kind: "bind".to_owned(),
-                source: runtime.display().to_string(),
+                source: binary.display().to_string(),
                 options: options(&["bind", "rprivate", "ro", "nosuid", "nodev"]),
             },
         ],
