@@ -1,8 +1,9 @@
 //! config.json, parsed once. The wire types are oci-spec's.
 //!
-//! Owns the two tolerances of the runtime spec that oci-spec lacks: a capability that this build
-//! does not know is dropped with a warning instead of failing the container (runc's behaviour, so
-//! that a newer engine can drive an older runtime), and an explicit `null` means "not there".
+//! Owns the tolerances of the other runtimes that oci-spec lacks: a capability that this build does
+//! not know is dropped with a warning instead of failing the container (so that a newer engine can
+//! drive an older runtime), an explicit `null` means "not there", and a process without a user is
+//! root's.
 
 use std::fmt;
 
@@ -42,8 +43,7 @@ impl std::error::Error for ConfigError {
 /// # Errors
 /// The bytes are no JSON, or a property has a type or value that the runtime spec rules out.
 pub fn parse(bytes: &[u8]) -> Result<ParsedSpec, ConfigError> {
-    let (mut spec, warnings): (spec::Spec, _) =
-        parse_tolerant("config.json", bytes, "/process/capabilities")?;
+    let (mut spec, warnings): (spec::Spec, _) = parse_tolerant("config.json", bytes, "/process")?;
     let resources = spec
         .linux()
         .as_ref()
@@ -78,7 +78,7 @@ fn has_pids_limit(bytes: &[u8], resources: &str) -> bool {
 /// # Errors
 /// As for [`parse`].
 pub fn parse_process(bytes: &[u8]) -> Result<(spec::Process, Vec<String>), ConfigError> {
-    parse_tolerant("process.json", bytes, "/capabilities")
+    parse_tolerant("process.json", bytes, "")
 }
 
 /// Parses the resources document of `update --resources`.
@@ -86,7 +86,8 @@ pub fn parse_process(bytes: &[u8]) -> Result<(spec::Process, Vec<String>), Confi
 /// # Errors
 /// As for [`parse`].
 pub fn parse_resources(bytes: &[u8]) -> Result<spec::LinuxResources, ConfigError> {
-    let (mut resources, _): (spec::LinuxResources, _) = parse_tolerant("resources", bytes, "")?;
+    let (mut resources, _): (spec::LinuxResources, _) =
+        parse_tolerant("resources", bytes, "/none")?;
     if has_zero_pids(&resources) && !has_pids_limit(bytes, "") {
         resources.set_pids(None);
     }
@@ -94,10 +95,11 @@ pub fn parse_resources(bytes: &[u8]) -> Result<spec::LinuxResources, ConfigError
 }
 
 /// Tries the direct way first: a document that needs no tolerance is read in a single pass.
+/// `process` points at the process in the document.
 fn parse_tolerant<T: DeserializeOwned>(
     what: &'static str,
     bytes: &[u8],
-    capabilities: &str,
+    process: &str,
 ) -> Result<(T, Vec<String>), ConfigError> {
     let strict = match serde_json::from_slice(bytes) {
         Ok(parsed) => return Ok((parsed, Vec::new())),
@@ -110,10 +112,17 @@ fn parse_tolerant<T: DeserializeOwned>(
         });
     };
     drop_nulls(&mut document);
-    let warnings = match document.pointer_mut(capabilities) {
-        Some(sets) if !capabilities.is_empty() => drop_unknown_capabilities(sets),
-        _ => Vec::new(),
-    };
+    let mut warnings = Vec::new();
+    if let Some(Value::Object(process)) = document.pointer_mut(process) {
+        // Members that every other runtime takes for their zero values when they are missing.
+        process
+            .entry("user")
+            .or_insert_with(|| serde_json::json!({"uid": 0, "gid": 0}));
+        process.entry("cwd").or_insert_with(|| "".into());
+        if let Some(sets) = process.get_mut("capabilities") {
+            warnings = drop_unknown_capabilities(sets);
+        }
+    }
     match serde_json::from_value(document) {
         Ok(parsed) => Ok((parsed, warnings)),
         // Errors from a Value have lost line and column: the first error says where to look,
@@ -209,6 +218,14 @@ mod tests {
         let caps = process.capabilities().as_ref().unwrap();
         assert_eq!(caps.bounding().as_ref().unwrap().len(), 1);
         assert_eq!(caps.ambient().as_ref().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn process_without_user_is_roots() {
+        let (process, _) = parse_process(br#"{"args":["sh"],"cwd":"/"}"#).unwrap();
+        assert_eq!((process.user().uid(), process.user().gid()), (0, 0));
+        assert!(parse(config(r#"{"cwd":"/","args":["sh"]}"#).as_bytes()).is_ok());
+        assert!(parse_process(br#"{"args":"sh","cwd":"/"}"#).is_err());
     }
 
     #[test]

@@ -161,7 +161,7 @@ impl Cgroup {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::open(&place.path, flags, Mode::empty())
             .map(Some)
-            .map_err(|errno| Error::system("open cgroup", place.path.display().to_string(), errno))
+            .map_err(|errno| cannot_join(&place.path, errno))
     }
 
     /// Files to each of which the new process writes `0` to join the v1 hierarchies, while it
@@ -177,7 +177,7 @@ impl Cgroup {
         v1.map(|place| {
             let path = place.path.join("tasks");
             rustix::fs::open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
-                .map_err(|errno| Error::system("open", path.display().to_string(), errno))
+                .map_err(|errno| cannot_join(&path, errno))
         })
         .collect()
     }
@@ -425,6 +425,11 @@ fn sub_path(path: &str) -> Result<PathBuf> {
         }
     }
     Ok(out)
+}
+
+/// The words that callers of `exec --cgroup` look for.
+fn cannot_join(path: &Path, errno: Errno) -> Error {
+    Error::system("open", path.display().to_string(), errno).context("error adding pid to cgroups")
 }
 
 fn join_one(place: &Place, pid: i32) -> Result<()> {
