@@ -2,8 +2,8 @@
 //!
 //! Owns the tolerances of the other runtimes that oci-spec lacks: a capability that this build does
 //! not know is dropped with a warning instead of failing the container (so that a newer engine can
-//! drive an older runtime), an explicit `null` means "not there", and a process without a user is
-//! root's.
+//! drive an older runtime), an explicit `null` means "not there", a process without a user is
+//! root's, and the scheduler's flags have the runtime spec's names.
 
 use std::fmt;
 
@@ -119,6 +119,12 @@ fn parse_tolerant<T: DeserializeOwned>(
             .entry("user")
             .or_insert_with(|| serde_json::json!({"uid": 0, "gid": 0}));
         process.entry("cwd").or_insert_with(|| "".into());
+        if let Some(flags) = process
+            .get_mut("scheduler")
+            .and_then(|s| s.get_mut("flags"))
+        {
+            rename_scheduler_flags(flags);
+        }
         if let Some(sets) = process.get_mut("capabilities") {
             warnings = drop_unknown_capabilities(sets);
         }
@@ -154,6 +160,17 @@ fn drop_nulls(value: &mut Value) {
         }
         Value::Array(items) => items.iter_mut().for_each(drop_nulls),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+/// oci-spec 0.10 spells two flags differently from the runtime spec.
+fn rename_scheduler_flags(flags: &mut Value) {
+    for flag in flags.as_array_mut().into_iter().flatten() {
+        match flag.as_str() {
+            Some("SCHED_FLAG_RESET_ON_FORK") => *flag = "SCHED_RESET_ON_FORK".into(),
+            Some("SCHED_FLAG_DL_OVERRUN") => *flag = "SCHED_FLAG_D_L_OVERRUN".into(),
+            _ => {}
+        }
     }
 }
 
@@ -218,6 +235,15 @@ mod tests {
         let caps = process.capabilities().as_ref().unwrap();
         assert_eq!(caps.bounding().as_ref().unwrap().len(), 1);
         assert_eq!(caps.ambient().as_ref().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn scheduler_flags_are_the_specs() {
+        let text = r#"{"cwd":"/","scheduler":{"policy":"SCHED_OTHER",
+            "flags":["SCHED_FLAG_RESET_ON_FORK","SCHED_FLAG_DL_OVERRUN","SCHED_FLAG_RECLAIM"]}}"#;
+        let (process, _) = parse_process(text.as_bytes()).unwrap();
+        let scheduler = process.scheduler().clone().unwrap();
+        assert_eq!(scheduler.flags().as_ref().map(Vec::len), Some(3));
     }
 
     #[test]
