@@ -14,6 +14,9 @@ use crate::error::{Error, Result};
 /// How often a look-up that raced with a rename is tried again.
 const RACE_RETRIES: u32 = 128;
 
+/// The kernel's own limit for one look-up.
+const MAX_LINKS: u32 = 40;
+
 /// What has to be at a mount target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TargetType {
@@ -65,17 +68,24 @@ impl Root {
 
     /// The directory, made with its parents where missing.
     pub fn make_directory(&self, path: &CStr, mode: u32) -> Result<OwnedFd> {
+        self.make_directory_by(path, mode, 0)
+    }
+
+    fn make_directory_by(&self, path: &CStr, mode: u32, links: u32) -> Result<OwnedFd> {
         match self.find(path) {
             Err(Errno::NOENT) => {}
             found => return found.map_err(|error| at("openat2", path, error)),
         }
         // The parent first, which mostly exists: two look-ups for the usual missing leaf.
         let (parent_path, name) = split(path)?;
-        let parent = self.make_directory(&parent_path, mode)?;
+        let parent = self.make_directory_by(&parent_path, mode, links)?;
         match rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(mode)) {
-            // A dangling symlink is there: opening it below says so, and nothing is made where
-            // it points.
-            Ok(()) | Err(Errno::EXIST) => {}
+            Ok(()) => {}
+            Err(Errno::EXIST) => {
+                if let Some(target) = dangling(&parent, &parent_path, &name, links)? {
+                    return self.make_directory_by(&target, mode, links + 1);
+                }
+            }
             Err(error) => return Err(at("mkdirat", path, error)),
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -85,23 +95,60 @@ impl Root {
 
     /// A place to mount on: what is there, or what had to be made.
     pub fn mount_target(&self, path: &CStr, want: TargetType) -> Result<OwnedFd> {
+        match want {
+            TargetType::Directory => self.make_directory(path, 0o755),
+            TargetType::File => self.make_file_by(path, 0),
+        }
+    }
+
+    fn make_file_by(&self, path: &CStr, links: u32) -> Result<OwnedFd> {
         match self.find(path) {
             Err(Errno::NOENT) => {}
             found => return found.map_err(|error| at("openat2", path, error)),
         }
-        if want == TargetType::Directory {
-            return self.make_directory(path, 0o755);
-        }
-        let (parent, name) = split(path)?;
-        let parent = self.make_directory(&parent, 0o755)?;
+        let (parent_path, name) = split(path)?;
+        let parent = self.make_directory_by(&parent_path, 0o755, links)?;
         let flags =
             OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::WRONLY | OFlags::CLOEXEC;
         match rustix::fs::openat(&parent, &name, flags, Mode::from_raw_mode(0o644)) {
-            Ok(_) | Err(Errno::EXIST) => {}
+            Ok(_) => {}
+            Err(Errno::EXIST) => {
+                if let Some(target) = dangling(&parent, &parent_path, &name, links)? {
+                    return self.make_file_by(&target, links + 1);
+                }
+            }
             Err(error) => return Err(at("openat(O_CREAT)", path, error)),
         }
-        self.find(path).map_err(|error| at("openat2", path, error))
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rustix::fs::openat(&parent, &name, flags, Mode::empty())
+            .map_err(|error| at("openat(O_NOFOLLOW)", path, error))
     }
+}
+
+/// Where a symlink points that leads nowhere yet, as a path from the root; None for anything else.
+///
+/// Images have them: an /etc/resolv.conf that points into an empty /run. What is missing is made
+/// inside the root, wherever the link claims to go, for each look-up starts there again.
+fn dangling(
+    parent: &OwnedFd,
+    parent_path: &CStr,
+    name: &CStr,
+    links: u32,
+) -> Result<Option<CString>> {
+    let link = match rustix::fs::readlinkat(parent, name, Vec::new()) {
+        Ok(link) => link,
+        Err(Errno::INVAL | Errno::NOENT) => return Ok(None),
+        Err(error) => return Err(at("readlinkat", name, error)),
+    };
+    if links >= MAX_LINKS {
+        return Err(at("readlinkat", name, Errno::LOOP));
+    }
+    let path = match link.as_bytes() {
+        [b'/', ..] => crate::plan::relative("symlink", link.as_bytes())?,
+        relative => CString::new([parent_path.to_bytes(), b"/", relative].concat())
+            .map_err(|_| Error::invalid("path contains a NUL byte"))?,
+    };
+    Ok(Some(path))
 }
 
 /// The parent and the last component; "." is the parent of a bare name.
@@ -150,16 +197,21 @@ mod tests {
         let inside = tempfile::tempdir().unwrap();
         symlink(outside.path(), inside.path().join("absolute")).unwrap();
         symlink("../../../../../../..", inside.path().join("relative")).unwrap();
-        symlink("/nowhere", inside.path().join("dangling")).unwrap();
+        symlink("/made/by/link", inside.path().join("dangling")).unwrap();
+        symlink("../../run/conf", inside.path().join("conf")).unwrap();
+        symlink("loop", inside.path().join("loop")).unwrap();
         let root = root(inside.path());
-        // Absolute targets are looked up below the root, where they do not exist.
-        assert!(root.make_directory(c"absolute/x", 0o755).is_err());
-        root.make_directory(c"relative/made", 0o755).unwrap();
-        assert!(inside.path().join("made").is_dir());
-        assert!(root.make_directory(c"dangling/x", 0o755).is_err());
-        assert!(root.mount_target(c"dangling", TargetType::File).is_err());
+        root.make_directory(c"absolute/x", 0o755).unwrap();
+        root.make_directory(c"relative/up", 0o755).unwrap();
+        root.make_directory(c"dangling", 0o755).unwrap();
+        root.mount_target(c"conf", TargetType::File).unwrap();
+        for made in ["up", "made/by/link", "run"] {
+            assert!(inside.path().join(made).is_dir(), "{made}");
+        }
+        assert!(inside.path().join("run/conf").is_file());
+        assert!(root.mount_target(c"loop", TargetType::File).is_err());
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
-        assert!(!std::path::Path::new("/nowhere").exists());
+        assert!(!std::path::Path::new("/made").exists());
     }
 
     #[test]
