@@ -44,33 +44,49 @@ impl std::error::Error for ConfigError {
 /// The bytes are no JSON, or a property has a type or value that the runtime spec rules out.
 pub fn parse(bytes: &[u8]) -> Result<ParsedSpec, ConfigError> {
     let (mut spec, warnings): (spec::Spec, _) = parse_tolerant("config.json", bytes, "/process")?;
-    let resources = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.resources().as_ref());
-    if resources.is_some_and(has_zero_pids) && !has_pids_limit(bytes, "/linux/resources") {
+    let linux = spec.linux().as_ref();
+    let resources = linux.and_then(|linux| linux.resources().as_ref());
+    let corrected = resources.and_then(|r| correct_resources(r, bytes, "/linux/resources"));
+    if corrected.is_some() {
         let mut linux = spec.linux().clone().unwrap_or_default();
-        let mut resources = linux.resources().clone().unwrap_or_default();
-        resources.set_pids(None);
-        linux.set_resources(Some(resources));
+        linux.set_resources(corrected);
         spec.set_linux(Some(linux));
     }
     Ok(ParsedSpec { spec, warnings })
 }
 
-/// oci-spec reads a `pids` without a limit as a limit of 0, which the kernel would enforce.
-fn has_zero_pids(resources: &spec::LinuxResources) -> bool {
-    resources
-        .pids()
-        .as_ref()
-        .is_some_and(|pids| pids.limit() == 0)
-}
-
-fn has_pids_limit(bytes: &[u8], resources: &str) -> bool {
-    let document: Value = serde_json::from_slice(bytes).unwrap_or_default();
-    document
-        .pointer(&format!("{resources}/pids/limit"))
-        .is_some_and(|limit| !limit.is_null())
+/// Where oci-spec's defaults mean something else than an absent member: a `pids` without a limit
+/// would be a limit of 0, which the kernel enforces, and a huge page limit needs its page size,
+/// whose name callers of Go runtimes may have in lower case. `None` if there is nothing of the
+/// kind, which takes no second look at the document.
+fn correct_resources(
+    resources: &spec::LinuxResources,
+    bytes: &[u8],
+    pointer: &str,
+) -> Option<spec::LinuxResources> {
+    let pids = resources.pids().as_ref();
+    let zero_pids = pids.is_some_and(|pids| pids.limit() == 0);
+    let mut pages = resources.hugepage_limits().iter().flatten();
+    let nameless_pages = pages.any(|limit| limit.page_size().is_empty());
+    if !zero_pids && !nameless_pages {
+        return None;
+    }
+    let mut document: Value = serde_json::from_slice(bytes).ok()?;
+    let resources = document.pointer_mut(pointer)?.as_object_mut()?;
+    let limit = resources.get("pids").and_then(|pids| pids.get("limit"));
+    if limit.is_none_or(Value::is_null) {
+        resources.remove("pids");
+    }
+    let pages = resources.get_mut("hugepageLimits");
+    let pages = pages.and_then(Value::as_array_mut).into_iter().flatten();
+    for page in pages.filter_map(Value::as_object_mut) {
+        if let Some(size) = page.remove("pagesize") {
+            page.insert("pageSize".into(), size);
+        }
+    }
+    let mut resources = Value::Object(std::mem::take(resources));
+    drop_nulls(&mut resources);
+    serde_json::from_value(resources).ok()
 }
 
 /// Parses the process.json of `exec --process`, with the same tolerances.
@@ -88,8 +104,8 @@ pub fn parse_process(bytes: &[u8]) -> Result<(spec::Process, Vec<String>), Confi
 pub fn parse_resources(bytes: &[u8]) -> Result<spec::LinuxResources, ConfigError> {
     let (mut resources, _): (spec::LinuxResources, _) =
         parse_tolerant("resources", bytes, "/none")?;
-    if has_zero_pids(&resources) && !has_pids_limit(bytes, "") {
-        resources.set_pids(None);
+    if let Some(corrected) = correct_resources(&resources, bytes, "") {
+        resources = corrected;
     }
     Ok(resources)
 }
@@ -235,6 +251,15 @@ mod tests {
         let caps = process.capabilities().as_ref().unwrap();
         assert_eq!(caps.bounding().as_ref().unwrap().len(), 1);
         assert_eq!(caps.ambient().as_ref().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn page_size_in_lower_case() {
+        let text = br#"{"hugepageLimits":[{"pagesize":"2MB","limit":9}],"pids":{"limit":3}}"#;
+        let resources = parse_resources(text).unwrap();
+        let limits = resources.hugepage_limits().clone().unwrap();
+        assert_eq!(limits[0].page_size(), "2MB");
+        assert_eq!(resources.pids().map(|pids| pids.limit()), Some(3));
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! Kernel memory limits are ignored with a warning, as runc does: the kernel has dropped them.
 
 use coracle_oci::spec::{
-    LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxNetwork, LinuxResources, LinuxThrottleDevice,
+    LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxNetwork, LinuxResources,
+    LinuxThrottleDevice,
 };
 
 use super::convert::pids_text;
@@ -45,7 +46,7 @@ pub(super) fn plan(resources: &LinuxResources, warnings: &mut Vec<String>) -> Re
         plan_block_io(block_io, &mut steps);
     }
     for limit in resources.hugepage_limits().iter().flatten() {
-        let prefix = format!("hugetlb.{}", limit.page_size());
+        let prefix = format!("hugetlb.{}", page_size(limit)?);
         let field = "linux.resources.hugepageLimits";
         let file = format!("{prefix}.limit_in_bytes");
         steps.push((
@@ -69,6 +70,19 @@ pub(super) fn plan(resources: &LinuxResources, warnings: &mut Vec<String>) -> Re
         plan_network(network, &mut steps);
     }
     Ok(steps)
+}
+
+/// The page size as part of a file name.
+pub(super) fn page_size(limit: &LinuxHugepageLimit) -> Result<&str> {
+    match limit.page_size().as_str() {
+        "" => Err(Error::invalid(
+            "linux.resources.hugepageLimits: pageSize is missing",
+        )),
+        size if size.contains('/') => Err(Error::invalid(format!(
+            "linux.resources.hugepageLimits: invalid pageSize {size:?}"
+        ))),
+        size => Ok(size),
+    }
 }
 
 pub(super) fn rdma_line(device: &str, handles: Option<u32>, objects: Option<u32>) -> String {

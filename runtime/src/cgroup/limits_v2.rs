@@ -6,7 +6,7 @@
 use coracle_oci::spec::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
 use super::convert::{blkio_to_io_weight, limit_text, pids_text, shares_to_weight, swap_alone};
-use super::limits_v1::{KERNEL_MEMORY_IGNORED, kernel_limit, rdma_line, throttles};
+use super::limits_v1::{KERNEL_MEMORY_IGNORED, kernel_limit, page_size, rdma_line, throttles};
 use super::step::{Step, Write};
 use crate::error::{Error, Kind, Result};
 
@@ -34,7 +34,7 @@ pub(super) fn plan(resources: &LinuxResources, warnings: &mut Vec<String>) -> Re
     }
     for limit in resources.hugepage_limits().iter().flatten() {
         let field = "linux.resources.hugepageLimits";
-        let prefix = format!("hugetlb.{}", limit.page_size());
+        let prefix = format!("hugetlb.{}", page_size(limit)?);
         steps.push(Step::Write(Write::new(
             field,
             format!("{prefix}.max"),
