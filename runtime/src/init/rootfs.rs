@@ -155,12 +155,20 @@ pub fn enter(root: &Root, plan: &RootfsPlan) -> Result<()> {
     if plan.no_pivot {
         move_root(root, plan)?;
     } else {
+        // Detaching a shared tree would detach it on the host, so it is made a slave first. That
+        // takes a descriptor of it: umount2(2) climbs to the mount stacked on ".", mount(2) does
+        // not, and would cut the new root's shared binds off from the host.
+        let old = match plan.initial_propagation & (libc::MS_SLAVE | libc::MS_PRIVATE) {
+            0 => Some(open_old_root()?),
+            _ => None,
+        };
         // With "." for both, the old root ends up stacked on the new one, where the same "."
         // then finds it (pivot_root(2), "pivot_root(".", ".")").
         rustix::process::pivot_root(c".", c".")
             .map_err(|error| Error::system("pivot_root", plan.path.display().to_string(), error))?;
-        if plan.initial_propagation & (libc::MS_SLAVE | libc::MS_PRIVATE) == 0 {
-            // Detaching a shared tree would detach it on the host.
+        if let Some(old) = old {
+            rustix::process::fchdir(&old)
+                .map_err(|error| Error::system("fchdir", "the old root", error))?;
             mount_change(
                 c".",
                 MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
@@ -175,6 +183,12 @@ pub fn enter(root: &Root, plan: &RootfsPlan) -> Result<()> {
         Some(propagation) => set_propagation(root.as_fd(), propagation),
         None => Ok(()),
     }
+}
+
+fn open_old_root() -> Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(c"/", flags, Mode::empty())
+        .map_err(|error| Error::system("open", "the old root", error))
 }
 
 /// `--no-pivot`: for a host whose root is a ramfs, which pivot_root(2) refuses.
