@@ -4,6 +4,8 @@
 //! Needs root. Without it each test prints "skipped" and passes.
 
 #![forbid(unsafe_code)]
+// Also in what the tests share: a failed expectation is the answer.
+#![allow(clippy::unwrap_used)]
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -237,7 +239,7 @@ fn freeze_and_thaw() {
     );
     made.cgroup.thaw().unwrap();
     assert!(!made.cgroup.is_frozen().unwrap());
-    assert_eq!(process.state(), 'S');
+    wait_for("the process to sleep again", || process.state() == 'S');
 }
 
 #[test]

@@ -213,23 +213,33 @@ impl CgroupPlan {
     /// v1 cpusets start empty and take no process until they have processors and memory nodes:
     /// the asked ones, or the parent's.
     fn fill_cpusets(&self, place: &Place) -> Result<()> {
-        let below = place
-            .path
-            .strip_prefix(&place.mountpoint)
-            .unwrap_or(Path::new(""));
-        let mut parent = Dir::open(&place.mountpoint)?;
-        let count = below.components().count();
-        for (index, name) in below.components().enumerate() {
-            let current = Dir::open(&parent.path().join(name))?;
-            if index + 1 == count {
-                self.cpuset
-                    .iter()
-                    .try_for_each(|w| current.apply(&Step::Write(w.clone())))?;
+        let Some(parent) = place.path.parent() else {
+            return Ok(());
+        };
+        let parent = Dir::open(parent)?;
+        let leaf = Dir::open(&place.path)?;
+        for (file, old_name) in [("cpuset.cpus", "cpus"), ("cpuset.mems", "mems")] {
+            // A hierarchy mounted with `noprefix` has the names without "cpuset.".
+            let (file, value) = match filled(&parent, &place.mountpoint, file) {
+                Err(error) if error.errno() == Some(Errno::NOENT.raw_os_error()) => {
+                    (old_name, filled(&parent, &place.mountpoint, old_name)?)
+                }
+                value => (file, value?),
+            };
+            let asked = self
+                .cpuset
+                .iter()
+                .find(|w| w.file.trim_start_matches("cpuset.") == old_name);
+            match asked {
+                Some(asked) => {
+                    let write = Write {
+                        file: file.into(),
+                        ..asked.clone()
+                    };
+                    leaf.apply(&Step::Write(write))?;
+                }
+                None => write_cpuset(&leaf, file, &value)?,
             }
-            for (file, old_name) in [("cpuset.cpus", "cpus"), ("cpuset.mems", "mems")] {
-                inherit(&parent, &current, file, old_name)?;
-            }
-            parent = current;
         }
         Ok(())
     }
@@ -323,28 +333,30 @@ fn check_unused(version: u8, place: &Place) -> Result<()> {
     Ok(())
 }
 
-fn inherit(parent: &Dir, current: &Dir, file: &'static str, old_name: &'static str) -> Result<()> {
-    // A hierarchy mounted with `noprefix` has the names without "cpuset.".
-    let (file, found) = match current.read(file) {
-        Err(Errno::NOENT) => (old_name, current.read(old_name)),
-        found => (file, found),
-    };
-    let failed = |call: &'static str, dir: &Dir, errno: Errno| {
-        Error::system(call, dir.path().join(file).display().to_string(), errno)
-    };
-    if !found
-        .map_err(|errno| failed("read", current, errno))?
-        .trim()
-        .is_empty()
-    {
-        return Ok(());
-    }
-    let value = parent
+/// The value of a cpuset file, after an ancestor's was handed down to those that are empty. Looks
+/// no further up than it has to.
+fn filled(dir: &Dir, top: &Path, file: &str) -> Result<String> {
+    let value = dir
         .read(file)
-        .map_err(|errno| failed("read", parent, errno))?;
-    current
-        .write(file, value.trim())
-        .map_err(|errno| failed("write", current, errno))
+        .map_err(|errno| Error::system("read", dir.path().join(file).display().to_string(), errno))?
+        .trim()
+        .to_owned();
+    let Some(parent) = dir.path().parent() else {
+        return Ok(value);
+    };
+    if !value.is_empty() || dir.path() == top {
+        return Ok(value);
+    }
+    let value = filled(&Dir::open(parent)?, top, file)?;
+    write_cpuset(dir, file, &value)?;
+    Ok(value)
+}
+
+fn write_cpuset(dir: &Dir, file: &str, value: &str) -> Result<()> {
+    dir.write(file, value).map_err(|errno| {
+        let path = dir.path().join(file).display().to_string();
+        Error::system(format!("write {value:?} to"), path, errno)
+    })
 }
 
 /// Hands every controller of the root down to the parent of the container's cgroup, so that the

@@ -96,8 +96,22 @@ pub fn detect() -> Result<CgroupMode> {
     parse(&read("/proc/self/mountinfo")?, &own)
 }
 
+/// In large pieces: such files have no size to go by.
 fn read(path: &str) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|error| Error::system("read", path, error))
+    use std::io::Read as _;
+    let mut bytes = Vec::with_capacity(16 << 10);
+    std::fs::File::open(path)
+        .and_then(|mut file| {
+            let mut piece = [0u8; 16 << 10];
+            loop {
+                match file.read(&mut piece)? {
+                    0 => return Ok(()),
+                    count => bytes.extend_from_slice(&piece[..count]),
+                }
+            }
+        })
+        .map_err(|error| Error::system("read", path, error))?;
+    Ok(bytes)
 }
 
 /// Pairs the cgroup mounts of `mountinfo` with the lines of `/proc/self/cgroup`.

@@ -100,6 +100,22 @@ impl Dir {
         self.write(&write.file, &write.value)
     }
 
+    /// Writes that follow each other to one file share a descriptor: each is a request of its own
+    /// to the kernel.
+    pub fn write_all(&self, writes: &[Write]) -> Result<()> {
+        for group in writes.chunk_by(|one, next| one.file == next.file) {
+            let [first, ..] = group else { continue };
+            let fd = self
+                .open_file(&first.file, OFlags::WRONLY)
+                .map_err(|errno| self.failed(first, errno))?;
+            for write in group {
+                rustix::io::retry_on_intr(|| rustix::io::write(&fd, write.value.as_bytes()))
+                    .map_err(|errno| self.failed(write, errno))?;
+            }
+        }
+        Ok(())
+    }
+
     fn failed(&self, write: &Write, errno: Errno) -> Error {
         // A cgroup file system refuses to create files with EPERM or EACCES.
         let kind = if errno == Errno::NOENT {
@@ -246,14 +262,17 @@ impl AsFd for Dir {
 }
 
 /// Reads a file that the kernel makes up, of unknown size.
+///
+/// Such a file hands out whole records until its page is full: much less than a page was all of
+/// it, and a read that only says so is spared.
 pub(super) fn read_fd(fd: BorrowedFd<'_>) -> std::result::Result<String, Errno> {
     let mut text = Vec::new();
     let mut buffer = [0u8; 4096];
     loop {
         let count = rustix::io::retry_on_intr(|| rustix::io::read(fd, &mut buffer))?;
-        if count == 0 {
+        text.extend_from_slice(&buffer[..count]);
+        if count < 1024 {
             return Ok(String::from_utf8_lossy(&text).into_owned());
         }
-        text.extend_from_slice(&buffer[..count]);
     }
 }

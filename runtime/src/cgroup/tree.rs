@@ -268,16 +268,11 @@ impl Cgroup {
         match &plan.devices {
             Devices::Keep => Ok(()),
             Devices::V1 { dir, writes } => {
-                let dir = dirs.open(*dir)?;
-                for write in writes {
-                    match dir.apply(&Step::Write(write.clone())) {
-                        Ok(()) => {}
-                        // mknod and foreign devices are out of reach in a user namespace anyway.
-                        Err(_) if in_user_namespace() => return Ok(()),
-                        Err(error) => return Err(error),
-                    }
+                match dirs.open(*dir)?.write_all(writes) {
+                    // mknod and foreign devices are out of reach in a user namespace anyway.
+                    Err(_) if in_user_namespace() => Ok(()),
+                    written => written,
                 }
-                Ok(())
             }
             Devices::V2 { program, allow_all } => {
                 let Some(place) = self.dirs.first() else {

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use coracle_oci::record::{ContainerRecord, ProcessRecord};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 use super::Status;
 use super::store::EXEC_FIFO;
@@ -25,8 +27,18 @@ fn parse_stat(text: &[u8]) -> Option<Stat> {
     Some(Stat { state, start_time })
 }
 
+/// The file is one record and comes with one read.
+fn read_stat(pid: i32) -> std::result::Result<Vec<u8>, Errno> {
+    let path = format!("/proc/{pid}/stat");
+    let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut text = vec![0u8; 1024];
+    let count = rustix::io::retry_on_intr(|| rustix::io::read(&fd, &mut text[..]))?;
+    text.truncate(count);
+    Ok(text)
+}
+
 fn stat(pid: i32) -> Option<Stat> {
-    parse_stat(&std::fs::read(format!("/proc/{pid}/stat")).ok()?)
+    parse_stat(&read_stat(pid).ok()?)
 }
 
 /// When a process started, in clock ticks since boot: with the pid, its name for good.
@@ -35,7 +47,7 @@ fn stat(pid: i32) -> Option<Stat> {
 /// There is no such process.
 pub fn process_start_time(pid: i32) -> Result<u64> {
     let path = format!("/proc/{pid}/stat");
-    let text = std::fs::read(&path).map_err(|error| Error::system("read", path.clone(), error))?;
+    let text = read_stat(pid).map_err(|errno| Error::system("read", path.clone(), errno))?;
     match parse_stat(&text) {
         Some(stat) => Ok(stat.start_time),
         None => Err(Error::system(

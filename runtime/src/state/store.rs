@@ -328,17 +328,23 @@ impl Entry {
     fn replace_bytes(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let temporary = format!(".{name}.new");
         let path = || self.path.join(name).display().to_string();
+        self.write(&temporary, name, bytes)?;
+        rustix::fs::renameat(&self.fd, &*temporary, &self.fd, name)
+            .map_err(|errno| Error::system("rename", path(), errno))?;
+        rustix::fs::fsync(&self.fd).map_err(|errno| Error::system("fsync", path(), errno))
+    }
+
+    /// Writes and syncs a file; `subject` is its name in errors.
+    fn write(&self, name: &str, subject: &str, bytes: &[u8]) -> Result<()> {
+        let path = || self.path.join(subject).display().to_string();
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&self.fd, &*temporary, flags, Mode::RUSR | Mode::WUSR)
+        let fd = rustix::fs::openat(&self.fd, name, flags, Mode::RUSR | Mode::WUSR)
             .map_err(|errno| Error::system("create", path(), errno))?;
         let mut file = File::from(fd);
         file.write_all(bytes)
             .and_then(|()| file.sync_all())
-            .map_err(|error| Error::system("write", path(), error))?;
-        rustix::fs::renameat(&self.fd, &*temporary, &self.fd, name)
-            .map_err(|errno| Error::system("rename", path(), errno))?;
-        rustix::fs::fsync(&self.fd).map_err(|errno| Error::system("fsync", path(), errno))
+            .map_err(|error| Error::system("write", path(), error))
     }
 }
 
@@ -383,7 +389,8 @@ impl Intent {
     /// # Errors
     /// The state root cannot be written.
     pub fn commit(&self, record: &ContainerRecord, config: &[u8]) -> Result<()> {
-        self.entry.save_config(config)?;
+        // In place of a rename: nobody looks at it before the record is there.
+        self.entry.write(CONFIG, CONFIG, config)?;
         self.entry.save(record)?;
         match rustix::fs::unlinkat(&self.entry.fd, INTENT, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
