@@ -65,6 +65,8 @@ pub struct Daemon {
     pub init_binary: PathBuf,
     /// What happened to containers.
     pub events: Events,
+    /// Becomes true when the connections of earlier lives are sorted out.
+    pub network_swept: tokio::sync::watch::Sender<bool>,
     /// Becomes true when the daemon is to end; endless answers end then.
     pub stopping: tokio::sync::watch::Sender<bool>,
     /// The streaming server, once it listens.
@@ -101,6 +103,7 @@ impl Daemon {
             handlers: handlers(&config)?,
             init_binary: find_binary(Path::new(""), RUNTIME, "pod init")?,
             events: Events::default(),
+            network_swept: tokio::sync::watch::Sender::new(false),
             stopping: tokio::sync::watch::Sender::new(false),
             streaming: OnceLock::new(),
             rro_mounts: OnceLock::new(),

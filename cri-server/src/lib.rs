@@ -35,3 +35,4 @@ pub mod spec_builder;
 pub mod store;
 pub mod streaming;
 pub mod streaming_backend;
+pub mod sweep;

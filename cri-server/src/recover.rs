@@ -1,22 +1,20 @@
 //! Owns what happens between two lives of the daemon: records are read, each pod is compared with
-//! its shim (all pods in parallel, one bad pod blocks no other), and what no record names is
-//! removed. Reads are served from the records meanwhile.
+//! its shim (all pods in parallel, one bad pod blocks no other), and `sweep` removes what no
+//! record names. Reads are served from the records meanwhile.
 
-use std::collections::HashSet;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::container::state::{ContainerState, Exit};
 use crate::container::{Container, ContainerRecord};
-use crate::daemon::{Daemon, blocking, now_ns};
+use crate::daemon::{Daemon, now_ns};
 use crate::error::{Error, Result};
-use crate::netns;
 use crate::proto::shim::coracle::shim::v1::StatusResponse;
 use crate::sandbox::state::SandboxState;
 use crate::sandbox::{Sandbox, SandboxRecord};
-use crate::shim_client::{self, STATUS_CREATED, ShimClient, nanos};
+use crate::shim_client::{STATUS_CREATED, ShimClient, nanos};
 use crate::store::records::Table;
+use crate::sweep::Strays;
 
 /// What loading the records found that is not part of the tables.
 pub struct Unfinished {
@@ -24,6 +22,8 @@ pub struct Unfinished {
     sandboxes: Vec<Arc<Sandbox>>,
     /// Containers that nobody was told of: erased.
     containers: Vec<Container>,
+    /// What has no record at all: removed.
+    strays: Option<Strays>,
 }
 
 impl Daemon {
@@ -32,6 +32,7 @@ impl Daemon {
         let mut unfinished = Unfinished {
             sandboxes: Vec::new(),
             containers: Vec::new(),
+            strays: None,
         };
         let sandboxes = self.records.load::<SandboxRecord>(Table::Sandboxes)?;
         let containers = self.records.load::<ContainerRecord>(Table::Containers)?;
@@ -70,12 +71,14 @@ impl Daemon {
                 .containers
                 .insert(id.as_str(), Arc::new(container));
         }
+        unfinished.strays = Some(self.find_strays());
         Ok(unfinished)
     }
 
     fn end_of_boot(&self, sandbox: &Sandbox) -> Result<()> {
         sandbox.change(&self.records, |live| {
             live.shim = None;
+            live.shim_pid = None;
             live.pod_init = None;
             // `network_held` stays: a CNI plugin may keep leases over a reboot.
             if live.state == SandboxState::Ready {
@@ -99,6 +102,8 @@ impl Daemon {
     /// Brings every pod up to date, then removes what belongs to none.
     pub async fn recover(self: Arc<Self>, unfinished: Unfinished) {
         let mut tasks = tokio::task::JoinSet::new();
+        let daemon = self.clone();
+        tasks.spawn(async move { daemon.sweep_network().await });
         for sandbox in self.registry.sandboxes.all() {
             let daemon = self.clone();
             tasks.spawn(async move {
@@ -115,16 +120,10 @@ impl Daemon {
                 }
             });
         }
-        for container in unfinished.containers {
-            let daemon = self.clone();
-            tasks.spawn(async move {
-                if let Err(error) = daemon.erase_container(&container.fixed).await {
-                    tracing::warn!(container = container.id(), %error, "it remains unfinished");
-                }
-            });
-        }
         while tasks.join_next().await.is_some() {}
-        self.sweep().await;
+        if let Some(strays) = unfinished.strays {
+            self.sweep(strays, unfinished.containers).await;
+        }
         tracing::info!(
             sandboxes = self.registry.sandboxes.all().len(),
             containers = self.registry.containers.all().len(),
@@ -204,67 +203,6 @@ impl Daemon {
         })
     }
 
-    /// Removes what no record names: snapshots, bundles, namespaces, connections.
-    async fn sweep(self: &Arc<Self>) {
-        let live: HashSet<String> = self
-            .registry
-            .sandboxes
-            .all()
-            .iter()
-            .map(|s| s.id().to_owned())
-            .collect();
-        if let Err(error) = self.network.gc(&live).await {
-            tracing::warn!(%error, "network clean-up failed");
-        }
-        for key in self.images.snapshots() {
-            if self.registry.containers.find(&key).is_err()
-                && let Err(error) = self.images.remove_snapshot(&key)
-            {
-                tracing::warn!(container = key, %error, "an orphaned snapshot remains");
-            }
-        }
-        for id in orphans(&self.config.state.join("containers"), |id| {
-            self.registry.containers.find(id).is_ok()
-        }) {
-            self.report(&id, self.clear_container_dir(&id).await);
-        }
-        for id in orphans(&self.config.state.join("sandboxes"), |id| live.contains(id)) {
-            self.report(&id, self.clear_sandbox_dir(&id).await);
-        }
-        let volumes = self.config.root.join("volumes");
-        for id in orphans(&volumes, |id| self.registry.containers.find(id).is_ok()) {
-            let _ = std::fs::remove_dir_all(volumes.join(&id));
-        }
-    }
-
-    fn report(&self, id: &str, outcome: Result<()>) {
-        match outcome {
-            Ok(()) => tracing::info!(id, "removed a directory that no record names"),
-            Err(error) => tracing::warn!(id, %error, "a directory that no record names remains"),
-        }
-    }
-
-    async fn clear_container_dir(&self, id: &str) -> Result<()> {
-        let dir = self.config.state.join("containers").join(id);
-        let handler = self.handler("")?;
-        shim_client::delete_leftovers(&handler.shim, id, &dir).await?;
-        blocking(move || remove_tree(&dir)).await
-    }
-
-    async fn clear_sandbox_dir(&self, id: &str) -> Result<()> {
-        let dir = self.config.state.join("sandboxes").join(id);
-        let short = id.get(..24).unwrap_or(id).to_owned();
-        blocking(move || {
-            let pins = ["ns/ipc", "ns/uts", "shm"].map(|name| dir.join(name));
-            for pin in &pins {
-                let _ = netns::remove(pin);
-            }
-            let _ = netns::remove(Path::new(&format!("/run/netns/coracle-{short}")));
-            remove_tree(&dir)
-        })
-        .await
-    }
-
     /// Asks the runtimes what they can do; the answer is only for Status.
     pub async fn ask_features(self: Arc<Self>) {
         let mut features = std::collections::BTreeMap::new();
@@ -283,23 +221,5 @@ impl Daemon {
             features.insert(name.clone(), rro);
         }
         let _ = self.rro_mounts.set(features);
-    }
-}
-
-/// Names in a directory that are ids and not known.
-fn orphans(dir: &Path, known: impl Fn(&str) -> bool) -> Vec<String> {
-    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| crate::id::ContainerId::try_from(name.clone()).is_ok() && !known(name))
-        .collect()
-}
-
-fn remove_tree(dir: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::io("remove", dir.display(), e))
-        }
-        _ => Ok(()),
     }
 }

@@ -7,6 +7,7 @@ use super::Container;
 use super::state::{Decision, Request, decide};
 use crate::daemon::Daemon;
 use crate::error::{Error, Kind, Result};
+use crate::shim_client::ShimError;
 
 /// How long the kernel may take to end a killed container.
 const AFTER_KILL: Duration = Duration::from_secs(20);
@@ -59,8 +60,13 @@ impl Daemon {
                 // A hung or failing shim must not keep a container alive.
                 tracing::warn!(container = container.id(), error = %e, "killing by cgroup");
                 self.host.cgroups.kill(&container.fixed.cgroups_path);
+                if matches!(e, ShimError::Timeout { .. }) {
+                    self.kill_shim(&sandbox);
+                }
                 Ok(())
             }
+            // The grace period is over with it; the kill that follows deals with a hung shim.
+            Err(ShimError::Timeout { .. }) => Ok(()),
             Err(e) => {
                 let error: Error = e.into();
                 Err(error.within(format!("signal {signal} to container"), container.id()))

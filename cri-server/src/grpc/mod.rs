@@ -4,6 +4,7 @@
 pub mod convert;
 pub mod image;
 pub mod present;
+mod queries;
 pub mod runtime;
 
 use std::pin::Pin;

@@ -67,6 +67,9 @@ pub struct Live {
     pub network_held: bool,
     /// Socket of the shim.
     pub shim: Option<PathBuf>,
+    /// Pid of the shim.
+    #[serde(default)]
+    pub shim_pid: Option<u32>,
     /// The init of a shared pid namespace: its pid on the host.
     pub pod_init: Option<u32>,
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::Sandbox;
 use crate::daemon::{Daemon, blocking};
 use crate::error::{Error, Result};
-use crate::shim_client::{NewTask, STATUS_STOPPED};
+use crate::shim_client::{NewTask, STATUS_STOPPED, ShimError};
 use crate::spec_builder::document::{
     Capabilities, Linux, LinuxResources, Mount, Namespace, Process, Root, Spec,
 };
@@ -69,6 +69,11 @@ impl Daemon {
                         let _ = tokio::time::timeout(limit, wait).await;
                     }
                     Err(e) if e.is_not_found() => {}
+                    Err(ShimError::Timeout { .. }) => {
+                        self.host.cgroups.kill(&cgroups_path(sandbox));
+                        self.kill_shim(sandbox);
+                        return sandbox.change(&self.records, |live| live.pod_init = None);
+                    }
                     Err(e) => return Err(e.into()),
                 }
                 shim.delete(sandbox.id(), "").await?;

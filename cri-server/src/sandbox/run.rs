@@ -50,6 +50,7 @@ impl Daemon {
             attached: None,
             network_held: fixed.netns.is_some(),
             shim: None,
+            shim_pid: None,
             pod_init: None,
         };
         let sandbox = Arc::new(Sandbox::new(SandboxRecord { fixed, live }));
@@ -136,6 +137,9 @@ impl Daemon {
         })
         .await?;
         if let Some(pod) = sandbox.pod_network() {
+            let mut swept = self.network_swept.subscribe();
+            // The sender lives as long as the daemon.
+            let _ = swept.wait_for(|swept| *swept).await;
             let attached = self.network.attach(&pod).await?;
             sandbox.change(&self.records, |live| live.attached = Some(attached))?;
         }

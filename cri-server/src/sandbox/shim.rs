@@ -33,9 +33,36 @@ impl Daemon {
         let client = ShimClient::connect(&socket)
             .await
             .map_err(|e| Error::io("connect to shim", socket.display(), e))?;
+        let pid = client.shim_pid(sandbox.id()).await?;
         *slot = Some(client.clone());
-        sandbox.change(&self.records, |live| live.shim = Some(socket))?;
+        sandbox.change(&self.records, |live| {
+            live.shim = Some(socket);
+            live.shim_pid = Some(pid);
+        })?;
         Ok(client)
+    }
+
+    /// Kills a shim that does not answer. Its containers are then treated as those of a dead one,
+    /// which is what a stop needs: nothing may hang for ever.
+    pub fn kill_shim(&self, sandbox: &Sandbox) {
+        let Some(pid) = sandbox.live().shim_pid else {
+            return;
+        };
+        // Pids are used again: only a process that was started for this sandbox is ours.
+        let cmdline = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let ours = cmdline
+            .split(|b| *b == 0)
+            .any(|arg| arg == sandbox.id().as_bytes());
+        let pid = i32::try_from(pid)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
+        if let Some(pid) = pid.filter(|_| ours) {
+            tracing::warn!(
+                sandbox = sandbox.id(),
+                "killing a shim that does not answer"
+            );
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
     }
 
     /// The shim of a sandbox, if it runs.

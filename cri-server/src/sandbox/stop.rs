@@ -12,6 +12,7 @@ use crate::daemon::{Daemon, blocking};
 use crate::error::{Collected, Error, Result};
 use crate::events::EventKind;
 use crate::netns;
+use crate::shim_client::{ShimClient, ShimError};
 
 impl Daemon {
     /// Stops a sandbox.
@@ -80,29 +81,47 @@ impl Daemon {
         sandbox.change(&self.records, |live| live.network_held = false)
     }
 
+    async fn ask_shim_to_end(
+        &self,
+        sandbox: &Sandbox,
+        shim: &ShimClient,
+    ) -> std::result::Result<(), ShimError> {
+        // Asked first, because it is quick: a hung shim is found out here.
+        shim.shim_pid(sandbox.id()).await?;
+        // Their watchers delete the tasks as well; a shim that has one left would stay.
+        for container in self.registry.containers_of(sandbox.id()) {
+            shim.delete(container.id(), "").await?;
+        }
+        shim.shutdown(sandbox.id()).await
+    }
+
     async fn let_shim_go(&self, sandbox: &Sandbox) -> Result<()> {
         if let Some(shim) = self.running_shim(sandbox).await {
-            // Their watchers delete the tasks as well; a shim that has one left would stay.
-            for container in self.registry.containers_of(sandbox.id()) {
-                shim.delete(container.id(), "").await?;
+            let ended = self.ask_shim_to_end(sandbox, &shim).await;
+            if let Err(ShimError::Timeout { .. }) = ended {
+                self.kill_shim(sandbox);
+            } else {
+                ended?;
             }
-            shim.shutdown(sandbox.id()).await?;
-            // It unlinks its socket on the way out; a shim that does not go still has a task.
+            // A shim that stays has a task that no record names.
             if tokio::time::timeout(Duration::from_secs(5), shim.gone())
                 .await
                 .is_err()
             {
-                return Err(Error::state(
-                    format!("shim of sandbox {}", sandbox.id()),
-                    "did not end",
-                ));
+                self.kill_shim(sandbox);
+                if sandbox.fixed.owns_cgroup_parent {
+                    self.host.cgroups.kill(&sandbox.fixed.cgroup_parent);
+                }
             }
         }
         *sandbox.shim.lock().await = None;
         if let Some(socket) = sandbox.live().shim {
             // A killed shim leaves its socket behind.
             let _ = std::fs::remove_file(socket);
-            sandbox.change(&self.records, |live| live.shim = None)?;
+            sandbox.change(&self.records, |live| {
+                live.shim = None;
+                live.shim_pid = None;
+            })?;
         }
         Ok(())
     }

@@ -308,7 +308,7 @@ impl ShimClient {
         }
     }
 
-    /// Pids of the shim.
+    /// Pid of the shim.
     pub async fn shim_pid(&self, id: &str) -> Reply<u32> {
         let request = task::ConnectRequest { id: id.to_owned() };
         let answer: task::ConnectResponse = self.task("Connect", QUICK, &request).await?;
