@@ -3,6 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    coracle::sealed::ensure_early(std::env::args_os());
+    coracle_sys::entry::linked();
     coracle::cli::main(std::env::args_os().collect())
 }

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 const EXE: &std::ffi::CStr = c"/proc/self/exe";
 
 /// Makes sure that this process runs from a binary that cannot be written; may execute itself
-/// again, so it comes before anything else.
+/// again, so it comes before anything else. Where `coracle_sys::entry` could do it, it is done.
 ///
 /// # Errors
 /// Neither way is open.
@@ -60,15 +60,6 @@ pub fn ensure() -> Result<()> {
         &CStringArray::new(env),
     );
     Err(Error::system("execveat", "/proc/self/exe", error))
-}
-
-/// Does the same before the command line is parsed, which would be for nothing in a process that is
-/// about to execute itself again. Only a guess from the words: the commands call [`ensure`] anyway.
-pub fn ensure_early(mut words: impl Iterator<Item = std::ffi::OsString>) {
-    if words.any(|word| word == "create" || word == "run" || word == "exec") {
-        // The command itself reports what is wrong.
-        let _ = ensure();
-    }
 }
 
 /// A file on a read-only mount, or a memory file that is sealed against writing.

@@ -5,6 +5,7 @@
 #![cfg(target_os = "linux")]
 pub mod bpf;
 pub mod clone;
+pub mod entry;
 pub mod exec;
 pub mod mount;
 pub mod network;
