@@ -227,3 +227,167 @@ pub fn namespace_file(kind: Kind) -> &'static str {
         Kind::Time => "time",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cgroup::CgroupMode;
+    use serde_json::{Value, json};
+
+    fn host(euid: u32) -> HostFacts {
+        HostFacts {
+            cgroup: CgroupMode::V2 {
+                mountpoint: "/sys/fs/cgroup".into(),
+                own: "/".into(),
+            },
+            euid,
+            egid: euid,
+            apparmor: false,
+            selinux: false,
+        }
+    }
+
+    fn plan(euid: u32, change: impl FnOnce(&mut Value)) -> Result<Plan> {
+        let mut config = json!({
+            "ociVersion": "1.2.0",
+            "root": {"path": "rootfs", "readonly": true},
+            "process": {"cwd": "/w", "args": ["a", "b"], "env": ["PATH=/bin:/sbin", "X=1"],
+                "user": {"uid": 5, "gid": 6, "additionalGids": [7]}},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+                 "options": ["nosuid", "mode=755", "ro"]},
+                {"destination": "/data", "type": "bind", "source": "data",
+                 "options": ["rbind", "ro", "rslave"]}
+            ],
+            "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}],
+                "maskedPaths": ["/proc/kcore"]}
+        });
+        change(&mut config);
+        let host = host(euid);
+        let bytes = serde_json::to_vec(&config).expect("a JSON value encodes");
+        let spec = CheckedSpec::check(&bytes, &host)?;
+        let id = ContainerId::parse("c1").expect("a valid id");
+        Plan::new(Input {
+            id: &id,
+            bundle: Path::new("/b"),
+            spec: &spec,
+            host: &host,
+            cgroup: &CgroupRecord::None,
+            options: &LaunchOptions::default(),
+        })
+    }
+
+    fn user_namespace(config: &mut Value) {
+        let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        config["linux"]["namespaces"] =
+            json!([{"type": "mount"}, {"type": "user"}, {"type": "pid"}]);
+        config["linux"]["uidMappings"] = map.clone();
+        config["linux"]["gidMappings"] = map;
+    }
+
+    #[test]
+    fn plain_container() {
+        let plan = plan(0, |_| {}).unwrap();
+        assert_eq!(
+            plan.namespaces.clone_flags,
+            (libc::CLONE_NEWNS | libc::CLONE_NEWPID) as u64
+        );
+        assert_eq!(plan.rootfs.path, Path::new("/b/rootfs"));
+        assert!(plan.rootfs.readonly && plan.dev.setup && plan.dev.readonly && !plan.dev.bind);
+        assert_eq!(plan.dev.nodes.len(), 6);
+        assert_eq!(plan.masked_paths, [c"proc/kcore".to_owned()]);
+        assert_eq!(plan.process.search_path, b"/bin:/sbin");
+        assert!(plan.process.needs_home && plan.process.setgroups);
+        assert_eq!(plan.process.first_closed_fd, 3);
+        let MountKind::Bind(bind) = &plan.mounts[2].kind else {
+            panic!("{:?}", plan.mounts[2])
+        };
+        assert_eq!(bind.path, c"/b/data".to_owned());
+        assert!(bind.recursive && !bind.early);
+        assert_eq!(plan.mounts[2].propagation, [libc::MS_SLAVE | libc::MS_REC]);
+    }
+
+    #[test]
+    fn user_namespace_takes_its_trees_from_a_privileged_parent_only() {
+        for (euid, early) in [(0, true), (1000, false)] {
+            let plan = plan(euid, user_namespace).unwrap();
+            assert!(plan.dev.bind && plan.namespaces.has_user());
+            assert!(!plan.namespaces.needs_stage());
+            assert_eq!(plan.namespaces.uid_map, "0 100000 65536\n");
+            let MountKind::Bind(bind) = &plan.mounts[2].kind else {
+                panic!("{:?}", plan.mounts[2])
+            };
+            assert_eq!(bind.early, early);
+        }
+    }
+
+    #[test]
+    fn user_namespace_with_joined_ones_needs_a_stage() {
+        let plan = plan(0, |config| {
+            user_namespace(config);
+            let list = config["linux"]["namespaces"].as_array_mut().unwrap();
+            list.push(json!({"type": "network", "path": "/run/netns/x"}));
+        })
+        .unwrap();
+        assert!(plan.namespaces.needs_stage());
+    }
+
+    #[test]
+    fn own_id_alone_costs_setgroups() {
+        let plan = plan(1000, |config| {
+            user_namespace(config);
+            for map in ["uidMappings", "gidMappings"] {
+                config["linux"][map] = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
+            }
+        })
+        .unwrap();
+        assert!(!plan.process.setgroups);
+    }
+
+    #[test]
+    fn listed_device_replaces_the_default() {
+        let plan = plan(0, |config| {
+            config["linux"]["devices"] = json!([
+                {"path": "/dev/null", "type": "c", "major": 1, "minor": 3, "fileMode": 384},
+                {"path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200}
+            ]);
+        })
+        .unwrap();
+        assert_eq!(plan.dev.nodes.len(), 7);
+        assert_eq!(
+            (plan.dev.nodes[0].mode, plan.dev.nodes[1].mode),
+            (0o600, 0o666)
+        );
+        assert_eq!(plan.dev.nodes[1].parent, c"dev/net".to_owned());
+    }
+
+    #[test]
+    fn propagation_table() {
+        use libc::{MS_PRIVATE, MS_REC, MS_SHARED, MS_SLAVE, MS_UNBINDABLE};
+        let cases = [
+            (None, MS_SLAVE | MS_REC),
+            (Some(MS_PRIVATE), MS_PRIVATE | MS_REC),
+            (Some(MS_SHARED), MS_SHARED),
+            (Some(MS_SHARED | MS_REC), MS_SHARED | MS_REC),
+            (Some(MS_UNBINDABLE), MS_SLAVE | MS_REC),
+        ];
+        for (wanted, initial) in cases {
+            assert_eq!(initial_propagation(wanted), initial, "{wanted:?}");
+        }
+    }
+
+    #[test]
+    fn relative_table() {
+        for (path, want) in [
+            ("/a/b", c"a/b"),
+            ("//a", c"a"),
+            ("a", c"a"),
+            ("/", c"."),
+            ("", c"."),
+        ] {
+            assert_eq!(relative("x", path.as_bytes()).unwrap(), want.to_owned());
+        }
+        assert!(relative("x", b"/a\0b").is_err());
+    }
+}
