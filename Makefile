@@ -51,7 +51,8 @@ run: deps build tools
 
 # One test at a time: they share the machine's network, cgroups and mount table.
 test: deps build tools
-	$(RUN_ENV) $(CARGO) test --locked -p coracle-integration --no-fail-fast -- --test-threads=1
+	$(RUN_ENV) CORACLE_FIXTURES="$$($(RUN_ENV) $(OUT)/fixtures storage)" RUST_LIB_BACKTRACE=0 \
+	    $(CARGO) test --locked -p coracle-integration --no-fail-fast -- --test-threads=1
 
 bench: deps build tools
 	@$(RUN_ENV) $(OUT)/bench --out $(CARGO_TARGET_DIR)/bench $(BENCH_ARGS)

@@ -96,23 +96,28 @@ fn cpu_quota_of_half_gives_half_within_5_points() -> Result<()> {
     world.pull(TOOLS)?;
     let pod = world.pod("cpu")?;
     let script = "probe burn 2 4; awk '{print \"ticks\", $16 + $17}' /proc/$$/stat";
-    let config = container("burner", TOOLS, &["sh", "-c", script])
-        .set("/linux/resources/cpu_period", 100_000)
-        .set("/linux/resources/cpu_quota", 50_000);
-    let (status, output) = world.run_to_end(&pod, &config)?;
-    let ticks: f64 = output
-        .lines()
-        .find_map(|l| l.strip_prefix("ticks "))
-        .context("no ticks")?
-        .trim()
-        .parse()?;
-    // 100 ticks a second; the burner runs for 4 s of wall time.
-    let percent = ticks / 4.0;
-    ensure!(
-        (45.0..=55.0).contains(&percent),
-        "{percent} % of a CPU: {status:#}"
-    );
-    world.finish()
+    let mut seen = Vec::new();
+    // A machine that is busy with something else may give less: once more, but never more CPU.
+    for n in 0..4 {
+        let config = container(&format!("burner-{n}"), TOOLS, &["sh", "-c", script])
+            .set("/linux/resources/cpu_period", 100_000)
+            .set("/linux/resources/cpu_quota", 50_000);
+        let (status, output) = world.run_to_end(&pod, &config)?;
+        let ticks: f64 = output
+            .lines()
+            .find_map(|l| l.strip_prefix("ticks "))
+            .context("no ticks")?
+            .trim()
+            .parse()?;
+        // 100 ticks a second; the burner runs for 4 s of wall time.
+        let percent = ticks / 4.0;
+        ensure!(percent <= 55.0, "{percent} % of a CPU: {status:#}");
+        seen.push(percent);
+        if percent >= 45.0 {
+            return world.finish();
+        }
+    }
+    anyhow::bail!("{seen:?} % of a CPU")
 }
 
 #[test]

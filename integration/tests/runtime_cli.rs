@@ -480,3 +480,62 @@ fn run_under_a_caller_that_blocks_and_ignores_signals_container_does_not() -> Re
     );
     bench.finish()
 }
+
+#[test]
+fn bind_mount_shared_carries_mounts_out_and_slave_does_not() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let none: Option<&str> = None;
+    for (runtime, propagation, seen) in [
+        (bench.peer("runc")?, "rshared", true),
+        (bench.peer("runc")?, "rslave", false),
+        (Some(bench.coracle()?), "rshared", true),
+        (Some(bench.coracle()?), "rslave", false),
+        (Some(bench.coracle()?), "rprivate", false),
+    ] {
+        let Some(runtime) = runtime else { continue };
+        let shared = bench.dir.join("shared");
+        std::fs::create_dir_all(shared.join("sub"))?;
+        nix::mount::mount(
+            Some(&shared),
+            &shared,
+            none,
+            nix::mount::MsFlags::MS_BIND,
+            none,
+        )?;
+        nix::mount::mount(none, &shared, none, nix::mount::MsFlags::MS_SHARED, none)?;
+        let all = json!(["CAP_SYS_ADMIN"]);
+        let config = bench
+            .config("c", &["bind", "/bin", "/work/sub"])
+            .set("/linux/rootfsPropagation", propagation)
+            .set(
+                "/process/capabilities",
+                json!({"bounding": all, "effective": all, "permitted": all}),
+            )
+            .push(
+                "/mounts",
+                json!({"destination": "/work", "type": "bind", "source": shared,
+                       "options": ["rbind", propagation]}),
+            );
+        let bundle = bench.bundle("b", &config)?.display().to_string();
+        let log = bench.dir.join("log");
+        runtime.detached(&["run", "-d", "-b", &bundle, "c"], &log)?;
+        coracle_integration::wait_for("the mount", Duration::from_secs(5), || {
+            Ok(std::fs::read_to_string(&log)?
+                .contains("bound")
+                .then_some(()))
+        })?;
+        let found = shared.join("sub/probe").exists();
+        runtime.run(&["delete", "-f", "c"])?;
+        if found {
+            nix::mount::umount(&shared.join("sub"))?;
+        }
+        nix::mount::umount(&shared)?;
+        ensure!(
+            found == seen,
+            "{} {propagation}: seen outside: {found}",
+            runtime.name
+        );
+    }
+    bench.finish()
+}

@@ -39,7 +39,21 @@ nogroup:x:65534:
 
 // Not busybox-static: its shell runs applets without looking at the files in /bin, so that a test
 // which replaces or forbids one would not notice.
-const BUSYBOX: &[&str] = &["busybox", "libc6"];
+const BUSYBOX: &[&str] = &["busybox", "util-linux", "libc6"];
+
+/// critest looks for processes with it, and Debian's busybox has none.
+const PGREP: &str = "#!/bin/sh
+# pgrep [-f] PATTERN: pids of the processes whose name (-f: command line) has PATTERN in it.
+file=comm
+[ \"$1\" = -f ] && { file=cmdline; shift; }
+status=1
+for dir in /proc/[0-9]*; do
+    pid=${dir#/proc/}
+    [ \"$pid\" = $$ ] && continue
+    tr '\\0' ' ' < $dir/$file 2>/dev/null | grep -q -e \"$1\" && { echo $pid; status=0; }
+done
+exit $status
+";
 const NGINX: &[&str] = &[
     "nginx",
     "nginx-common",
@@ -166,7 +180,13 @@ fn busybox(packages: &Packages) -> Result<Tree> {
         )
         .dir("/home/app", 0o755)
         .owned("/home/app", 1234, 1235);
-    tree = packages.programs(tree, &[("/bin/busybox", "/bin/busybox")])?;
+    let programs = [
+        ("/bin/busybox", "/bin/busybox"),
+        ("/usr/bin/ipcs", "/usr/bin/ipcs"),
+    ];
+    tree = packages
+        .programs(tree, &programs)?
+        .text("/usr/bin/pgrep", 0o755, PGREP);
     let output = Command::new(&binary)
         .arg("--list")
         .output()

@@ -30,6 +30,12 @@ pub fn cache_dir() -> anyhow::Result<PathBuf> {
     Ok(PathBuf::from(home).join(".cache/coracle"))
 }
 
+/// A name for what was made from `key`.
+pub fn short_hash(key: &str) -> String {
+    use sha2::Digest as _;
+    hex(&sha2::Sha256::digest(key)[..8])
+}
+
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use coracle_fixtures::catalogue::{self, Ingredients};
@@ -39,38 +40,33 @@ fn run() -> Result<()> {
             _ => bail!(USAGE),
         }
     }
-    let out = match out {
-        Some(out) => out,
-        None => coracle_fixtures::cache_dir()?.join("fixtures/layout"),
-    };
+    let built = build(out)?;
     match command.as_str() {
-        "build" => {
-            build(&out)?;
-            println!("{}", out.display());
-        }
+        "build" => println!("{}", built.layout.display()),
         "list" => {
-            build(&out)?;
-            for named in layout::read_index(&out)? {
+            for named in layout::read_index(&built.layout)? {
                 println!("{} sha256:{}", named.name, named.digest);
             }
         }
         "push" => {
-            build(&out)?;
             let host = host.context(USAGE)?;
-            let count = registry::push(&out, &host)?;
+            let count = registry::push(&built.layout, &host)?;
             println!("pushed {count} names to {host}");
         }
-        "storage" => {
-            let key = build(&out)?;
-            println!("{}", storage(&out, &key)?.display());
-        }
+        "storage" => println!("{}", storage(&built)?.display()),
         _ => bail!(USAGE),
     }
     Ok(())
 }
 
-/// Builds unless the directory holds the result already; returns the key of what it holds.
-fn build(out: &Path) -> Result<String> {
+struct Built {
+    layout: PathBuf,
+    key: String,
+}
+
+/// Builds unless the directory holds the result already. In the cache every result has a
+/// directory of its own, as a test may still be reading the last one.
+fn build(out: Option<PathBuf>) -> Result<Built> {
     let exe = std::env::current_exe()?;
     let probe = exe.with_file_name("probe");
     if !probe.exists() {
@@ -79,28 +75,51 @@ fn build(out: &Path) -> Result<String> {
             probe.display()
         );
     }
-    let ingredients = Ingredients::gather(&coracle_fixtures::cache_dir()?, &probe)?;
+    let cache = coracle_fixtures::cache_dir()?;
+    let ingredients = Ingredients::gather(&cache, &probe)?;
     let key = ingredients.key()?;
-    if Layout::is_current(out, &key) {
-        return Ok(key);
+    let layout = match out {
+        Some(out) => out,
+        None => {
+            let all = cache.join("fixtures");
+            let name = coracle_fixtures::short_hash(&key);
+            prune(&all, &name);
+            all.join(name).join("layout")
+        }
+    };
+    if !Layout::is_current(&layout, &key) {
+        replace(&layout, |staging| {
+            let mut layout = Layout::create(staging)?;
+            catalogue::build(&ingredients, &mut layout)?;
+            layout.finish(&key)
+        })?;
     }
-    replace(out, |staging| {
-        let mut layout = Layout::create(staging)?;
-        catalogue::build(&ingredients, &mut layout)?;
-        layout.finish(&key)
-    })?;
-    Ok(key)
+    Ok(Built { layout, key })
 }
 
-fn storage(out: &Path, key: &str) -> Result<PathBuf> {
-    let dir = out.with_extension("registry");
+/// Removes results that no run has made for a day.
+fn prune(all: &Path, keep: &str) {
+    for entry in std::fs::read_dir(all).into_iter().flatten().flatten() {
+        let age = entry
+            .metadata()
+            .and_then(|m| m.modified())
+            .map(|m| m.elapsed());
+        let old = matches!(age, Ok(Ok(age)) if age > Duration::from_secs(24 * 3600));
+        if old && entry.file_name() != keep {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn storage(built: &Built) -> Result<PathBuf> {
+    let dir = built.layout.with_extension("registry");
     let stamp = dir.join("fixtures.key");
-    if std::fs::read_to_string(&stamp).is_ok_and(|k| k == key) {
+    if std::fs::read_to_string(&stamp).is_ok_and(|k| k == built.key) {
         return Ok(dir);
     }
     replace(&dir, |staging| {
-        registry::export(out, staging)?;
-        Ok(std::fs::write(staging.join("fixtures.key"), key)?)
+        registry::export(&built.layout, staging)?;
+        Ok(std::fs::write(staging.join("fixtures.key"), &built.key)?)
     })?;
     Ok(dir)
 }

@@ -27,6 +27,7 @@ const USAGE: &str = "probe [command]
   trap CODE                   print the first signal's name, then exit CODE
   tty                         print the terminal's size, or `not a tty`
   unshare user|net|mount|pid  try it, print `ok` or the error
+  bind FROM TO                bind mount FROM on TO, then hold it
   exec PROGRAM [ARG...]       become PROGRAM
   serve PORT [TEXT]           HTTP/1.1: GET answers TEXT, GET /show the JSON
   fetch HOST PORT PATH        HTTP GET, body to stdout
@@ -78,6 +79,12 @@ fn run(args: &[&str]) -> anyhow::Result<u8> {
         ["trap", code] => return load::trap(code.parse()?),
         ["tty"] => print(&show::terminal())?,
         ["unshare", kind] => return show::unshare(kind),
+        ["bind", from, to] => {
+            let none: Option<&str> = None;
+            nix::mount::mount(Some(*from), *to, none, nix::mount::MsFlags::MS_BIND, none)?;
+            print("bound\n")?;
+            std::thread::sleep(Duration::from_secs(3600));
+        }
         ["exec", program, rest @ ..] => {
             use std::os::unix::process::CommandExt as _;
             return Err(std::process::Command::new(program).args(rest).exec().into());
