@@ -4,15 +4,19 @@
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::time::Duration;
 
 use super::Sandbox;
 use crate::daemon::{Daemon, blocking};
 use crate::error::{Error, Result};
-use crate::shim_client::{NewTask, STATUS_STOPPED, ShimError};
+use crate::shim_client::{NewTask, STATUS_STOPPED, ShimClient, ShimError};
 use crate::spec_builder::document::{
     Capabilities, Linux, LinuxResources, Mount, Namespace, Process, Root, Spec,
 };
 use crate::spec_builder::seccomp;
+
+/// How long a killed process, or shim, may take to end.
+const AFTER_KILL: Duration = Duration::from_secs(5);
 
 impl Daemon {
     /// Pid of the init of the sandbox's shared pid namespace; made if there is none.
@@ -60,33 +64,38 @@ impl Daemon {
         if sandbox.live().pod_init.is_none() {
             return Ok(());
         }
-        match self.running_shim(sandbox).await {
-            Some(shim) => {
-                match shim.kill(sandbox.id(), "", 9, false).await {
-                    Ok(()) => {
-                        let wait = shim.wait(sandbox.id(), "");
-                        let limit = std::time::Duration::from_secs(5);
-                        let _ = tokio::time::timeout(limit, wait).await;
-                    }
-                    Err(e) if e.is_not_found() => {}
-                    Err(ShimError::Timeout { .. }) => {
-                        self.host.cgroups.kill(&cgroups_path(sandbox));
-                        self.kill_shim(sandbox);
-                        return sandbox.change(&self.records, |live| live.pod_init = None);
-                    }
-                    Err(e) => return Err(e.into()),
+        let in_shim = match self.running_shim(sandbox).await {
+            Some(shim) => match end_in_shim(sandbox, &shim).await {
+                Ok(()) => true,
+                Err(ShimError::Timeout { .. }) => {
+                    self.kill_shim(sandbox);
+                    let _ = tokio::time::timeout(AFTER_KILL, shim.gone()).await;
+                    false
                 }
-                shim.delete(sandbox.id(), "").await?;
-            }
-            None => {
-                let handler = self.handler(&sandbox.fixed.handler)?;
-                self.host.cgroups.kill(&cgroups_path(sandbox));
-                let bundle = sandbox.fixed.dir.join("init");
-                crate::shim_client::delete_leftovers(&handler.shim, sandbox.id(), &bundle).await?;
-            }
+                Err(e) => return Err(e.into()),
+            },
+            None => false,
+        };
+        if !in_shim {
+            let handler = self.handler(&sandbox.fixed.handler)?;
+            self.host.cgroups.kill(&cgroups_path(sandbox));
+            let bundle = sandbox.fixed.dir.join("init");
+            crate::shim_client::delete_leftovers(&handler.shim, sandbox.id(), &bundle).await?;
         }
         sandbox.change(&self.records, |live| live.pod_init = None)
     }
+}
+
+async fn end_in_shim(sandbox: &Sandbox, shim: &ShimClient) -> std::result::Result<(), ShimError> {
+    match shim.kill(sandbox.id(), "", 9, false).await {
+        Ok(()) => {
+            let wait = shim.wait(sandbox.id(), "");
+            let _ = tokio::time::timeout(AFTER_KILL, wait).await;
+        }
+        Err(e) if e.is_not_found() => {}
+        Err(e) => return Err(e),
+    }
+    shim.delete(sandbox.id(), "").await
 }
 
 fn cgroups_path(sandbox: &Sandbox) -> String {
