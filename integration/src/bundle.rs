@@ -28,7 +28,7 @@ pub struct Bench {
 pub struct Runtime {
     pub name: String,
     program: PathBuf,
-    root: PathBuf,
+    pub root: PathBuf,
 }
 
 impl Bench {

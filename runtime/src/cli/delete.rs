@@ -4,6 +4,7 @@
 //! record   --stopped, created or forced--> kill, cgroup, directory, poststop hooks
 //! intent   --creator dead, or forced-----> kill, cgroup, mounts, directory
 //! neither  ------------------------------> directory
+//! damaged  --forced----------------------> as its intent says
 //! ```
 //! Every step is done however the others end; the first failure is reported, and the directory
 //! stays for another attempt as long as anything is left that it names.
@@ -22,6 +23,7 @@ use super::kill::SIGKILL;
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Kind, Result};
 use crate::hooks;
+use crate::log;
 use crate::state::{
     Begun, Container, Decision, Entry, Lock, Request, Status, Store, decide, open_process,
     parse_id, process_start_time, wait_exit,
@@ -60,6 +62,11 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
             if !args.force {
                 return Err(error);
             }
+        }
+        // What the container holds is in the intent as well.
+        Err(damaged) if args.force => {
+            log::warning(global, &damaged.to_string());
+            delete_unfinished(entry, &id, true)?;
         }
         Err(error) => return Err(error),
     }
@@ -164,7 +171,7 @@ fn poststop_hooks(entry: &Entry) -> Result<Vec<Hook>> {
 
 /// A creation that was interrupted, or is still under way.
 fn delete_unfinished(entry: Entry, id: &coracle_oci::ContainerId, force: bool) -> Result<()> {
-    let intent = entry.intent()?;
+    let intent = known_intent(&entry, force)?;
     let lock = match entry.try_lock()? {
         Some(lock) => lock,
         None => {
@@ -182,13 +189,22 @@ fn delete_unfinished(entry: Entry, id: &coracle_oci::ContainerId, force: bool) -
         }
     };
     // Written since, by a creator that got further than we saw.
-    let intent = entry.intent()?.or(intent);
+    let intent = known_intent(&entry, force)?.or(intent);
     if let Some(intent) = &intent {
         undo(intent)?;
     }
     entry.remove()?;
     drop(lock);
     Ok(())
+}
+
+/// The intent, if there is one. By force, one that cannot be read is as good as none: the directory
+/// would stay for ever.
+fn known_intent(entry: &Entry, force: bool) -> Result<Option<Begun>> {
+    match entry.intent() {
+        Err(_) if force => Ok(None),
+        found => found,
+    }
 }
 
 fn kill_listed(intent: Option<&IntentRecord>) -> Result<()> {

@@ -211,7 +211,7 @@ impl Entry {
         self.read_json(STATE)?.ok_or_else(does_not_exist)
     }
 
-    /// The intent of a creation that has not finished, or never will.
+    /// What the creation had set out to do. It stays for as long as the container does.
     ///
     /// # Errors
     /// It is damaged.
@@ -323,18 +323,17 @@ impl Entry {
         self.replace_bytes(name, &bytes)
     }
 
-    /// Written beside, synced, then renamed over: a reader sees the old file or the new one, and
-    /// so does the next boot where the state root is on a disk.
+    /// Written beside, then renamed over: a reader sees the old file or the new one, also after
+    /// the writer was killed. Not synced: see docs/decisions/0004-unsynced-runtime-state.md.
     fn replace_bytes(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let temporary = format!(".{name}.new");
         let path = || self.path.join(name).display().to_string();
         self.write(&temporary, name, bytes)?;
         rustix::fs::renameat(&self.fd, &*temporary, &self.fd, name)
-            .map_err(|errno| Error::system("rename", path(), errno))?;
-        rustix::fs::fsync(&self.fd).map_err(|errno| Error::system("fsync", path(), errno))
+            .map_err(|errno| Error::system("rename", path(), errno))
     }
 
-    /// Writes and syncs a file; `subject` is its name in errors.
+    /// Writes a file; `subject` is its name in errors.
     fn write(&self, name: &str, subject: &str, bytes: &[u8]) -> Result<()> {
         let path = || self.path.join(subject).display().to_string();
         let flags =
@@ -343,7 +342,6 @@ impl Entry {
             .map_err(|errno| Error::system("create", path(), errno))?;
         let mut file = File::from(fd);
         file.write_all(bytes)
-            .and_then(|()| file.sync_all())
             .map_err(|error| Error::system("write", path(), error))
     }
 }
@@ -384,18 +382,15 @@ impl Intent {
     }
 
     /// Puts the container on record. From here on it exists for every command, while the lock is
-    /// held until [`Intent::finish`].
+    /// held until [`Intent::finish`]. The intent stays beside it: should the record be damaged,
+    /// `delete --force` still knows what there is to give back.
     ///
     /// # Errors
     /// The state root cannot be written.
     pub fn commit(&self, record: &ContainerRecord, config: &[u8]) -> Result<()> {
         // In place of a rename: nobody looks at it before the record is there.
         self.entry.write(CONFIG, CONFIG, config)?;
-        self.entry.save(record)?;
-        match rustix::fs::unlinkat(&self.entry.fd, INTENT, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(errno) => Err(failed("unlink", &self.entry.path.join(INTENT), errno)),
-        }
+        self.entry.save(record)
     }
 
     /// Ends the creation and hands out the directory, unlocked.
@@ -510,7 +505,7 @@ mod tests {
         assert_eq!(found.intent, intent("a"));
         begun.commit(&record("a"), b"{}").unwrap();
         let entry = begun.finish();
-        assert_eq!(entry.intent().unwrap(), None);
+        assert_eq!(entry.intent().unwrap().unwrap().intent, intent("a"));
         assert_eq!(store.load(&id).unwrap(), record("a"));
         assert_eq!(entry.config().unwrap(), b"{}");
         assert_eq!(store.list().unwrap(), std::slice::from_ref(&id));
