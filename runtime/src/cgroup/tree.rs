@@ -52,6 +52,13 @@ impl Cgroup {
         }
     }
 
+    /// Only the directories that this process has made: what a failed launch takes away again.
+    pub fn made_here(&self) -> Cgroup {
+        let mut own = self.clone();
+        own.dirs.retain(|place| self.made.contains(&place.path));
+        own
+    }
+
     /// For the record, when it differs from the plan's: a rootless container may have gone
     /// without a cgroup.
     pub fn record(&self) -> CgroupRecord {

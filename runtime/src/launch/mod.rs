@@ -299,8 +299,9 @@ fn start(
         console,
         ..
     } = prepared;
-    undo.cgroup = Some(Cgroup::open(&record.cgroup));
+    // A plan that was refused, because the cgroup is another's, has made nothing.
     let cgroup = cgroup_plan.create()?;
+    undo.cgroup = Some(cgroup.clone());
     record.cgroup = cgroup.record();
     let gate = plan
         .gated

@@ -52,7 +52,7 @@ impl Undo {
             if self.child.is_some() {
                 failures.note(cgroup.kill_all());
             }
-            failures.note(cgroup.delete());
+            failures.note(cgroup.made_here().delete());
         }
         failures.note(intent.abandon());
         if let Some((list, mut state)) = self.poststop {
