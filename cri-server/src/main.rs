@@ -82,9 +82,13 @@ fn run(args: Args) -> Result<()> {
     };
     let loaded = config::load(args.config.as_deref(), &overrides)?;
     if args.command.is_some() {
+        for key in &loaded.unknown {
+            eprintln!("coracled: warning: unknown key in the configuration: {key}");
+        }
         print!("{}", config::dump(&loaded.config)?);
         return Ok(());
     }
+    empty_signal_mask()?;
     start_log(&loaded.config)?;
     for key in &loaded.unknown {
         tracing::warn!(key, "unknown key in the configuration");
@@ -100,7 +104,7 @@ fn run(args: Args) -> Result<()> {
 }
 
 fn start_log(config: &Config) -> Result<()> {
-    let filter = std::env::var("CORACLED_LOG").unwrap_or_else(|_| config.log.level.clone());
+    let filter = std::env::var("CORACLED_LOG").unwrap_or_else(|_| filter(&config.log.level));
     let filter = tracing_subscriber::EnvFilter::try_new(&filter)
         .map_err(|e| Error::invalid("log.level", filter.clone()).because(e))?;
     let lines = tracing_subscriber::fmt()
@@ -114,6 +118,22 @@ fn start_log(config: &Config) -> Result<()> {
         lines.init();
     }
     Ok(())
+}
+
+/// The level is for our own crates. What libraries have to say below a warning is for whoever
+/// sets CORACLED_LOG.
+fn filter(level: &str) -> String {
+    let ours = ["coracled", "coracle_cri", "coracle_image_store"];
+    let ours = ours.map(|name| format!("{name}={level}")).join(",");
+    let others = if level == "error" { "error" } else { "warn" };
+    format!("{others},{ours}")
+}
+
+/// An inherited signal mask would keep us from stopping, and go on to shims and containers.
+fn empty_signal_mask() -> Result<()> {
+    nix::sys::signal::SigSet::empty()
+        .thread_set_mask()
+        .map_err(|e| Error::io("pthread_sigmask", "SIG_SETMASK", e))
 }
 
 async fn serve(loaded: Loaded) -> Result<()> {

@@ -115,6 +115,11 @@ impl Daemon {
         for sandbox in unfinished.sandboxes {
             let daemon = self.clone();
             tasks.spawn(async move {
+                if sandbox.fixed.dir.is_dir() {
+                    // The last daemon may have started its shim and died before it could note
+                    // the address: starting it again finds the one that runs.
+                    let _ = daemon.shim(&sandbox).await;
+                }
                 if let Err(error) = daemon.undo_sandbox(&sandbox).await {
                     tracing::warn!(sandbox = sandbox.id(), %error, "an unfinished pod remains");
                 }

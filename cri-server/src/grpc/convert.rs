@@ -43,7 +43,7 @@ pub fn sandbox_config(config: Option<cri::PodSandboxConfig>) -> Result<SandboxCo
     Ok(SandboxConfig {
         name,
         hostname: hostname(config.hostname)?,
-        log_directory: config.log_directory,
+        log_directory: absolute("config.log_directory", config.log_directory)?,
         dns: config.dns_config.map(|dns| DnsConfig {
             servers: dns.servers,
             searches: dns.searches,
@@ -67,6 +67,17 @@ fn required(field: &str, value: String) -> Result<String> {
         return Err(Error::invalid(field, "is empty"));
     }
     Ok(value)
+}
+
+/// An absolute path, or none.
+fn absolute(field: &str, path: String) -> Result<String> {
+    if !path.is_empty() && !path.starts_with('/') {
+        return Err(Error::invalid(field, format!("{path:?} is not absolute")));
+    }
+    if path.contains('\0') {
+        return Err(Error::invalid(field, "has a NUL"));
+    }
+    Ok(path)
 }
 
 fn hostname(name: String) -> Result<String> {
@@ -400,20 +411,12 @@ fn one_mount(mount: cri::Mount, at: &str) -> Result<MountRequest> {
             "is set with a propagation other than private",
         ));
     }
-    let container_path = required(&format!("{at}.container_path"), mount.container_path)?;
-    let host_path = required(&format!("{at}.host_path"), mount.host_path)?;
-    for (name, path) in [
-        ("container_path", &container_path),
-        ("host_path", &host_path),
-    ] {
-        if path.contains('\0') {
-            return Err(Error::invalid(format!("{at}.{name}"), "has a NUL"));
-        }
-    }
-    if !host_path.starts_with('/') {
-        let text = format!("{host_path:?} is not absolute");
-        return Err(Error::invalid(format!("{at}.host_path"), text));
-    }
+    let path = |name: &str, path: String| {
+        let field = format!("{at}.{name}");
+        absolute(&field, required(&field, path)?)
+    };
+    let container_path = path("container_path", mount.container_path)?;
+    let host_path = path("host_path", mount.host_path)?;
     Ok(MountRequest {
         container_path,
         host_path,

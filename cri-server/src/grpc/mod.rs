@@ -6,32 +6,23 @@ pub mod image;
 pub mod present;
 mod queries;
 pub mod runtime;
+mod serve;
 
 use std::pin::Pin;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio_stream::Stream;
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Code, Response, Status};
 
-use crate::daemon::Daemon;
-use crate::error::{Error, Kind, Result, to_status};
-use crate::listen::Listening;
-use crate::proto::cri::image_service_server::ImageServiceServer;
-use crate::proto::cri::runtime_service_server::RuntimeServiceServer;
+use crate::error::{Result, to_status};
+
+pub use serve::serve;
 
 /// What a unary call answers with.
 pub type Served<T> = std::result::Result<Response<T>, Status>;
 
 /// A stream of batches.
 pub type Batches<T> = Pin<Box<dyn Stream<Item = std::result::Result<T, Status>> + Send>>;
-
-/// The CRI's clients send and accept 16 MiB.
-const MAX_MESSAGE: usize = 16 << 20;
-
-/// For calls under way when the daemon is told to stop.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Entries in one message of a streamed list.
 const BATCH: usize = 500;
@@ -46,45 +37,6 @@ pub const UNSERVED: [&str; 7] = [
     "StreamPodSandboxMetrics",
     "UpdatePodSandboxResources",
 ];
-
-/// Serves both services until `stop` is done; calls under way then get some time to finish.
-pub async fn serve(
-    daemon: Arc<Daemon>,
-    listening: Listening,
-    stop: impl Future<Output = ()>,
-) -> Result<()> {
-    let Listening { listener, lock } = listening;
-    let runtime = RuntimeServiceServer::new(runtime::Runtime(daemon.clone()))
-        .max_decoding_message_size(MAX_MESSAGE)
-        .max_encoding_message_size(MAX_MESSAGE);
-    let images = ImageServiceServer::new(image::Images(daemon.clone()))
-        .max_decoding_message_size(MAX_MESSAGE)
-        .max_encoding_message_size(MAX_MESSAGE);
-    let mut stopping = daemon.stopping.subscribe();
-    let mut stopped = daemon.stopping.subscribe();
-    let served = tonic::transport::Server::builder()
-        .add_service(runtime)
-        .add_service(images)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
-            let _ = stopping.wait_for(|stopping| *stopping).await;
-        });
-    let patience = async move {
-        let _ = stopped.wait_for(|stopping| *stopping).await;
-        tokio::time::sleep(PATIENCE).await;
-    };
-    let signal = async {
-        stop.await;
-        daemon.stopping.send_replace(true);
-        std::future::pending::<()>().await;
-    };
-    let served = tokio::select! {
-        served = served => served,
-        () = patience => Ok(()),
-        () = signal => Ok(()),
-    };
-    drop(lock);
-    served.map_err(|e| Error::new(Kind::Internal, "serve", "grpc").because(e))
-}
 
 /// Runs a call and writes its one log line.
 async fn traced<T>(
