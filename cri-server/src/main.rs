@@ -154,6 +154,12 @@ async fn serve(loaded: Loaded) -> Result<()> {
     notify("READY=1");
     grpc::serve(daemon.clone(), listening, stopped()).await?;
     notify("STOPPING=1");
+    // With pods the bridge has to stay; without any, nothing of ours is left on the host.
+    if daemon.registry.sandboxes.all().is_empty()
+        && let Err(error) = daemon.network.teardown().await
+    {
+        tracing::warn!(%error, "the pod bridge remains");
+    }
     let _ = std::fs::remove_file(&socket);
     tracing::info!("stopped; containers keep running");
     drop::<Arc<Daemon>>(daemon);
