@@ -56,6 +56,18 @@ impl Pty {
         Ok(Self { master, slave })
     }
 
+    /// Newlines leave the terminal as they are: runc's rule for one that it bridges itself, since
+    /// the terminal at the other end adds the carriage return. An engine sets its own.
+    pub fn keep_newlines(&self) -> Result<()> {
+        let mut modes = rustix::termios::tcgetattr(&self.master)
+            .map_err(|error| Error::system("tcgetattr", "the console", error))?;
+        modes
+            .output_modes
+            .remove(rustix::termios::OutputModes::ONLCR);
+        rustix::termios::tcsetattr(&self.master, OptionalActions::Now, &modes)
+            .map_err(|error| Error::system("tcsetattr", "the console", error))
+    }
+
     /// Sets the size before the program can ask for it.
     pub fn resize(&self, rows: u16, columns: u16) -> Result<()> {
         resize(self.master.as_fd(), rows, columns)

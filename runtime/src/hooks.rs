@@ -8,9 +8,14 @@
 //! | startContainer  | child           | container | at `start`, before the program      |
 //! | poststart       | parent, `start` | runtime   | after the program has been executed |
 //! | poststop        | `delete`        | runtime   | after the container is gone         |
+//!
+//! A hook without `env` has, as with runc: the runtime's own environment in the runtime's
+//! namespaces; $PATH alone for createContainer; the program's for startContainer.
 
+use std::ffi::{CString, OsStr};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
@@ -32,13 +37,34 @@ const MAX_OUTPUT: u64 = 4096;
 /// # Errors
 /// A hook that cannot be started, fails or takes longer than its timeout.
 pub fn run(point: &'static str, hooks: &[Hook], state: &State, cwd: Option<&Path>) -> Result<()> {
+    run_in(point, hooks, state, Surroundings { cwd, env: None })
+}
+
+/// Where a hook runs, and what it has for an environment if it brings none.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Surroundings<'a> {
+    pub cwd: Option<&'a Path>,
+    /// None is this process's own.
+    pub env: Option<&'a [CString]>,
+}
+
+/// Like [`run`], in other surroundings than the runtime's.
+///
+/// # Errors
+/// A hook that cannot be started, fails or takes longer than its timeout.
+pub fn run_in(
+    point: &'static str,
+    hooks: &[Hook],
+    state: &State,
+    surroundings: Surroundings<'_>,
+) -> Result<()> {
     if hooks.is_empty() {
         return Ok(());
     }
     let document = serde_json::to_vec(state)
         .map_err(|error| Error::new(Kind::Internal, "encode state", "").source(error))?;
     for (index, hook) in hooks.iter().enumerate() {
-        run_one(hook, &document, cwd).map_err(|reason| {
+        run_one(hook, &document, surroundings).map_err(|reason| {
             Error::new(
                 Kind::Hook,
                 format!("error running {point} hook #{index}: {reason}"),
@@ -56,7 +82,7 @@ fn memory_file() -> Result<std::fs::File, String> {
 }
 
 /// Memory files for stdin and the output: no pipe to fill up, so no thread to empty it.
-fn run_one(hook: &Hook, document: &[u8], cwd: Option<&Path>) -> Result<(), String> {
+fn run_one(hook: &Hook, document: &[u8], surroundings: Surroundings<'_>) -> Result<(), String> {
     let text = |error: std::io::Error| error.to_string();
     let mut input = memory_file()?;
     input.write_all(document).map_err(text)?;
@@ -67,13 +93,8 @@ fn run_one(hook: &Hook, document: &[u8], cwd: Option<&Path>) -> Result<(), Strin
     if let Some((name, rest)) = hook.args().as_ref().and_then(|args| args.split_first()) {
         command.arg0(name).args(rest);
     }
-    command.env_clear();
-    for entry in hook.env().iter().flatten() {
-        if let Some((name, value)) = entry.split_once('=') {
-            command.env(name, value);
-        }
-    }
-    if let Some(cwd) = cwd {
+    set_env(&mut command, hook, surroundings.env);
+    if let Some(cwd) = surroundings.cwd {
         command.current_dir(cwd);
     }
     command
@@ -99,6 +120,21 @@ fn run_one(hook: &Hook, document: &[u8], cwd: Option<&Path>) -> Result<(), Strin
         output(&mut stdout),
         output(&mut stderr)
     ))
+}
+
+fn set_env(command: &mut Command, hook: &Hook, default: Option<&[CString]>) {
+    let entries: Vec<&[u8]> = match (hook.env(), default) {
+        (Some(own), _) => own.iter().map(String::as_bytes).collect(),
+        (None, Some(default)) => default.iter().map(|entry| entry.as_bytes()).collect(),
+        (None, None) => return,
+    };
+    command.env_clear();
+    for entry in entries {
+        if let Some(at) = entry.iter().position(|byte| *byte == b'=') {
+            let (name, value) = (&entry[..at], &entry[at + 1..]);
+            command.env(OsStr::from_bytes(name), OsStr::from_bytes(value));
+        }
+    }
 }
 
 fn wait(child: &mut std::process::Child, limit: Option<Duration>) -> Result<ExitStatus, String> {
@@ -182,6 +218,41 @@ mod tests {
     fn hook_reads_the_state_and_its_own_environment_only() {
         let script = "grep -q '\"id\":\"c\"' && [ \"$A\" = b ] && [ -z \"$USER\" ]";
         run("prestart", &[hook(script, None)], &state(), None).unwrap();
+    }
+
+    #[test]
+    fn environment_of_a_hook_that_brings_none() {
+        let path = std::env::var("PATH").unwrap();
+        let cases: [(serde_json::Value, Option<&[CString]>, String); 4] = [
+            (json!(null), None, format!("[ \"$PATH\" = '{path}' ]")),
+            (
+                json!(null),
+                Some(&[c"A=1".to_owned(), c"B=2=3".to_owned()]),
+                "[ $A$B = 12=3 ] && [ -z \"$HOME\" ]".to_owned(),
+            ),
+            (
+                json!([]),
+                None,
+                "[ -z \"$HOME$CARGO_MANIFEST_DIR\" ]".to_owned(),
+            ),
+            (
+                json!(["A=2"]),
+                Some(&[c"A=1".to_owned()]),
+                "[ $A = 2 ]".to_owned(),
+            ),
+        ];
+        for (env, default, script) in cases {
+            let mut document = json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+            if !env.is_null() {
+                document["env"] = env;
+            }
+            let hook = serde_json::from_value(document).unwrap();
+            let surroundings = Surroundings {
+                cwd: None,
+                env: default,
+            };
+            run_in("prestart", &[hook], &state(), surroundings).unwrap();
+        }
     }
 
     #[test]

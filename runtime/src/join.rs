@@ -6,6 +6,7 @@
 //!         limits, score, console                                        identity -> execve
 //! ```
 
+use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -70,7 +71,9 @@ pub fn join(request: Request<'_>) -> Result<Joined> {
         plan.setgroups = setgroups_allowed(request.record.init_pid)?;
     }
     let cgroup = Cgroup::open(&request.record.cgroup).exec_subpath(request.cgroups)?;
-    let keyring = crate::plan::c_string("id", format!("_ses.{}", request.record.id).as_bytes())?;
+    let keyring = (!request.record.no_new_keyring)
+        .then(|| crate::plan::c_string("id", format!("_ses.{}", request.record.id).as_bytes()))
+        .transpose()?;
     if let Some(cpus) = &plan.initial_affinity {
         identity::set_affinity(cpus)?;
     }
@@ -78,7 +81,7 @@ pub fn join(request: Request<'_>) -> Result<Joined> {
         plan: &plan,
         init: init.as_fd(),
         namespaces,
-        keyring: &keyring,
+        keyring: keyring.as_deref(),
     };
     let (channel, pid, pidfd) = place(&child, &cgroup, request.record, request.cgroups)?;
     let state = State::new(request.record, Status::Running);
@@ -208,7 +211,7 @@ struct Child<'a> {
     plan: &'a ProcessPlan,
     init: BorrowedFd<'a>,
     namespaces: Namespaces,
-    keyring: &'a std::ffi::CString,
+    keyring: Option<&'a CStr>,
 }
 
 impl Child<'_> {
@@ -292,7 +295,9 @@ impl Child<'_> {
         }
         init::new_session()?;
         init::hide()?;
-        init::join_keyring(self.keyring)?;
+        if let Some(name) = self.keyring {
+            init::join_keyring(name, 0)?;
+        }
         if plan.terminal {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let root = rustix::fs::open(c"/", flags, Mode::empty())
@@ -301,10 +306,11 @@ impl Child<'_> {
             console::take(&slave)?;
         }
         let home = plan.needs_home.then(|| program::home(plan.uid));
-        identity::apply(plan, &labels, channel)?;
-        let file = program::find(plan)?;
+        // What a filter may refuse comes before it. All that is opened from here on closes by itself.
         identity::close_others(plan)?;
         exec::reset_signals().map_err(|error| Error::system("sigaction", "", error))?;
+        identity::apply(plan, &labels, channel)?;
+        let file = program::find(plan)?;
         identity::load_filter_late(plan, channel)?;
         channel.wait()?;
         Err(init::execute(plan, &file, home))

@@ -13,6 +13,7 @@ use crate::cli::{GlobalArgs, LogFormat};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Level {
+    Debug,
     Error,
     Warning,
 }
@@ -20,6 +21,7 @@ enum Level {
 impl Level {
     fn name(self) -> &'static str {
         match self {
+            Self::Debug => "debug",
             Self::Error => "error",
             Self::Warning => "warning",
         }
@@ -38,6 +40,13 @@ pub fn fatal(global: &GlobalArgs, message: &str) {
 /// Writes something that was survived and that the caller should know.
 pub fn warning(global: &GlobalArgs, message: &str) {
     write(global, Level::Warning, message);
+}
+
+/// Writes a step of the command, for `--debug`; without it this is one comparison.
+pub fn debug(global: &GlobalArgs, message: impl FnOnce() -> String) {
+    if global.debug {
+        write(global, Level::Debug, &message());
+    }
 }
 
 fn write(global: &GlobalArgs, level: Level, message: &str) {
@@ -182,6 +191,12 @@ mod tests {
             rootless: crate::cli::Rootless::Auto,
         };
         warning(&global, "one");
+        debug(&global, || "not asked for".to_owned());
+        let asked = GlobalArgs {
+            debug: true,
+            ..global.clone()
+        };
+        debug(&asked, || "step".to_owned());
         write(&global, Level::Error, "two");
         let text = std::fs::read_to_string(path).unwrap();
         let levels: Vec<_> = text
@@ -198,6 +213,7 @@ mod tests {
             levels,
             [
                 ("warning".into(), "one".into()),
+                ("debug".into(), "step".into()),
                 ("error".into(), "two".into())
             ]
         );

@@ -92,6 +92,9 @@ pub struct ContainerRecord {
     /// Set for containers whose cgroup may be out of reach without being a fault.
     #[serde(default)]
     pub rootless_cgroups: bool,
+    /// `--no-new-keyring`: its processes, those of exec too, keep the caller's session keyring.
+    #[serde(default)]
+    pub no_new_keyring: bool,
 }
 
 impl ContainerRecord {

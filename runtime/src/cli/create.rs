@@ -61,6 +61,7 @@ impl ContainerArgs {
             preserve_fds: self.preserve_fds,
             listen_fds,
             gated: false,
+            bridged: false,
         })
     }
 
@@ -124,7 +125,7 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     let mut options = args.container.prepare()?;
     options.gated = true;
     let launched = launch::launch(args.container.request(global, options)?)?;
-    match launched.release() {
+    match launched.release(global) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => Err(launched.give_up(error)),
     }

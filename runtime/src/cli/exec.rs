@@ -105,6 +105,9 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     } else {
         Some(Signals::block()?)
     };
+    crate::log::debug(global, || {
+        format!("setns_init: joining pid {}", container.record.init_pid)
+    });
     let joined = join::join(join::Request {
         record: &container.record,
         linux: parsed.spec.linux().as_ref(),
@@ -112,6 +115,7 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         options: LaunchOptions {
             preserve_fds: args.preserve_fds,
             listen_fds,
+            bridged: !args.detach,
             ..LaunchOptions::default()
         },
         cgroups: &args.cgroup,
@@ -119,6 +123,7 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         console: connect(&args.console_socket)?,
     })
     .map_err(|error| error.context("unable to start container process"))?;
+    crate::log::debug(global, || "setns_init: about to exec".to_owned());
     finish(args, joined, pidfd_socket.as_ref(), signals.as_ref())
 }
 

@@ -27,7 +27,8 @@ pub struct Args {
 }
 
 pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
-    let options = args.container.prepare()?;
+    let mut options = args.container.prepare()?;
+    options.bridged = !args.detach;
     let mut request = args.container.request(global, options)?;
     request.foreground = !args.detach;
     let signals = if args.detach {
@@ -36,7 +37,7 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         Some(Signals::block()?)
     };
     let mut launched = launch::launch(request)?;
-    if let Err(error) = begin(&launched) {
+    if let Err(error) = begin(&launched, global) {
         return Err(launched.give_up(error));
     }
     let Some(signals) = signals else {
@@ -52,8 +53,8 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
-fn begin(launched: &Launched) -> Result<()> {
-    launched.release()?;
+fn begin(launched: &Launched, global: &GlobalArgs) -> Result<()> {
+    launched.release(global)?;
     let mut state = launched.state.clone();
     state.status = Status::Running;
     let hooks = launched

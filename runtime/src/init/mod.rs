@@ -11,9 +11,8 @@ pub mod program;
 pub mod resolve;
 pub mod rootfs;
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 
 use coracle_oci::spec::{Hook, LinuxNamespaceType};
 use coracle_oci::state::{State, Status};
@@ -25,7 +24,7 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::console::{self, Pty};
 use crate::error::{Error, Kind, Result};
-use crate::hooks;
+use crate::hooks::{self, Surroundings};
 use crate::launch::channel::Channel;
 use crate::launch::process::set_limits;
 use crate::plan::namespaces::JoinStep;
@@ -39,7 +38,6 @@ use resolve::Root;
 pub struct Inheritance<'a> {
     pub plan: &'a Plan,
     pub state: &'a State,
-    pub bundle: &'a Path,
     pub channel: &'a Channel,
     /// One place for each mount step: the trees that only the parent could clone.
     pub early: &'a [Option<OwnedFd>],
@@ -49,6 +47,11 @@ pub struct Inheritance<'a> {
     /// A stage has joined the namespaces before this child was cloned.
     pub staged: bool,
 }
+
+/// What the kernel gives a session keyring: all to its possessor; view, read and link to its user.
+const KEYRING_PERMISSIONS: u32 = 0x3f13_0000;
+const KEYRING_USER_SEARCH: u32 = 0x0008_0000;
+const KEYRING_OTHER_SEARCH: u32 = 0x0000_0008;
 
 /// Becomes the container's program, or reports why not.
 pub fn run(mut inheritance: Inheritance<'_>) -> ! {
@@ -88,7 +91,13 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     enter_late_namespaces(&plan.namespaces)?;
     hide()?;
     if let Some(name) = &plan.keyring {
-        join_keyring(name)?;
+        // The ids of a user namespace are others in the runtime's.
+        let search = if plan.namespaces.has_user() {
+            KEYRING_OTHER_SEARCH
+        } else {
+            KEYRING_USER_SEARCH
+        };
+        join_keyring(name, search)?;
     }
     name_and_network(plan)?;
     sysctls(&plan.sysctls)?;
@@ -113,7 +122,7 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     make_cwd(&root, process)?;
     rootfs::make_read_only(&root, plan)?;
     rootfs::mask(&root, plan)?;
-    runtime_hooks(child)?;
+    runtime_hooks(child, &root)?;
     rootfs::seal(&root, plan)?;
     let labels = LabelFiles::open(process)?;
     rootfs::enter(&root, &plan.rootfs)?;
@@ -127,17 +136,18 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     if !plan.namespaces.has_user() {
         set_limits(None, &process.rlimits)?;
     }
-    identity::apply(process, &labels, child.channel)?;
-    let program = program::find(process)?;
+    // What a filter may refuse comes before it. All that is opened from here on closes by itself.
     identity::close_others(process)?;
     exec::reset_signals().map_err(|error| Error::system("sigaction", "", error))?;
+    identity::apply(process, &labels, child.channel)?;
+    let program = program::find(process)?;
     identity::load_filter_late(process, child.channel)?;
     child.channel.wait()?;
     if let Some(gate) = child.gate {
         child.channel.report_ready()?;
         crate::launch::gate::wait(gate)?;
     }
-    start_hooks(child)?;
+    start_hooks(child, home.as_ref())?;
     Err(execute(process, &program, home))
 }
 
@@ -197,7 +207,7 @@ pub fn join_namespaces(joins: &[JoinStep]) -> Result<()> {
 }
 
 /// setns(2) with the type checked by the kernel.
-pub fn enter(path: &std::ffi::CStr, kind: LinuxNamespaceType, fd: &OwnedFd) -> Result<()> {
+pub fn enter(path: &CStr, kind: LinuxNamespaceType, fd: &OwnedFd) -> Result<()> {
     let link = match kind {
         LinuxNamespaceType::Mount => LinkNameSpaceType::Mount,
         LinuxNamespaceType::Cgroup => LinkNameSpaceType::ControlGroup,
@@ -269,14 +279,21 @@ fn enter_late_namespaces(plan: &NamespacePlan) -> Result<()> {
     enter(path, LinuxNamespaceType::Time, &fd)
 }
 
-pub fn join_keyring(name: &CString) -> Result<()> {
-    match sys::join_session_keyring(name) {
+/// Joins the container's session keyring, made by whoever is first. `searchable_by` are the
+/// permissions that let a later exec, who does not possess it, find it by its name.
+pub fn join_keyring(name: &CStr, searchable_by: u32) -> Result<()> {
+    let keyring = match sys::join_session_keyring(name) {
         // A kernel without keyrings has no keys to hide.
-        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
-        result => {
-            result.map_err(|error| Error::system("unable to join session keyring", "", error))
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => return Ok(()),
+        keyring => {
+            keyring.map_err(|error| Error::system("unable to join session keyring", "", error))?
         }
+    };
+    if searchable_by == 0 {
+        return Ok(());
     }
+    sys::set_keyring_permissions(keyring, KEYRING_PERMISSIONS | searchable_by)
+        .map_err(|error| Error::system("unable to mod keyring permissions", "", error))
 }
 
 fn name_and_network(plan: &Plan) -> Result<()> {
@@ -330,6 +347,9 @@ fn make_cwd(root: &Root, process: &ProcessPlan) -> Result<()> {
 /// Opens the container's terminal and hands the master to the parent.
 pub fn open_console(root: &Root, process: &ProcessPlan, channel: &Channel) -> Result<OwnedFd> {
     let pty = Pty::open(root)?;
+    if process.bridged {
+        pty.keep_newlines()?;
+    }
     if let Some((rows, columns)) = process.console_size {
         pty.resize(rows, columns)?;
     }
@@ -338,33 +358,55 @@ pub fn open_console(root: &Root, process: &ProcessPlan, channel: &Channel) -> Re
 }
 
 #[allow(deprecated)]
-fn runtime_hooks(child: &Inheritance<'_>) -> Result<()> {
+fn runtime_hooks(child: &Inheritance<'_>, root: &Root) -> Result<()> {
     let hooks = &child.plan.hooks;
     let any = |list: &Option<Vec<Hook>>| list.as_ref().is_some_and(|list| !list.is_empty());
     if any(hooks.prestart()) || any(hooks.create_runtime()) {
         child.channel.report_hooks()?;
         child.channel.wait()?;
     }
-    if let Some(list) = hooks.create_container() {
-        hooks::run(
-            "createContainer",
-            list,
-            &own_state(child),
-            Some(child.bundle),
-        )?;
-    }
-    Ok(())
+    let Some(list) = hooks.create_container().as_ref().filter(|l| !l.is_empty()) else {
+        return Ok(());
+    };
+    rustix::process::fchdir(root.as_fd())
+        .map_err(|error| Error::system("fchdir", "the container's root", error))?;
+    let env = child.plan.process.env.strings();
+    let env: Vec<CString> = env
+        .iter()
+        .filter(|entry| entry.as_bytes().starts_with(b"PATH="))
+        .cloned()
+        .collect();
+    let surroundings = Surroundings {
+        cwd: None,
+        env: Some(&env),
+    };
+    hooks::run_in("createContainer", list, &own_state(child), surroundings)
 }
 
-fn start_hooks(child: &Inheritance<'_>) -> Result<()> {
-    match child.plan.hooks.start_container() {
-        Some(list) if !list.is_empty() => {
-            let mut state = own_state(child);
-            state.status = Status::Created;
-            hooks::run("startContainer", list, &state, None)
-        }
-        _ => Ok(()),
+fn start_hooks(child: &Inheritance<'_>, home: Option<&CString>) -> Result<()> {
+    let list = child.plan.hooks.start_container();
+    let Some(list) = list.as_ref().filter(|list| !list.is_empty()) else {
+        return Ok(());
+    };
+    let mut state = own_state(child);
+    state.status = Status::Created;
+    let mut env = child.plan.process.env.strings().to_vec();
+    env.extend(home.cloned());
+    let surroundings = Surroundings {
+        cwd: None,
+        env: Some(&env),
+    };
+    // An empty environment counts as none here, and here only.
+    let list: Vec<Hook> = list.iter().map(without_empty_env).collect();
+    hooks::run_in("startContainer", &list, &state, surroundings)
+}
+
+fn without_empty_env(hook: &Hook) -> Hook {
+    let mut hook = hook.clone();
+    if hook.env().as_ref().is_some_and(Vec::is_empty) {
+        hook.set_env(None);
     }
+    hook
 }
 
 /// The state as this process sees it: its pid is the one in its own namespace.

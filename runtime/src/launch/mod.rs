@@ -95,6 +95,7 @@ struct Prepared {
 /// Anything; nothing is left behind then.
 pub fn launch(request: Request<'_>) -> Result<Launched> {
     let pid_file = request.pid_file.map(Path::to_owned);
+    let global = request.global;
     let store = Store::open(&request.global.root);
     let prepared = prepare(request)?;
     let intent = store.begin(&IntentRecord {
@@ -105,7 +106,7 @@ pub fn launch(request: Request<'_>) -> Result<Launched> {
         mounts: Vec::new(),
     })?;
     let mut undo = Undo::default();
-    match start(prepared, &intent, &mut undo, pid_file.as_deref()) {
+    match start(prepared, &intent, &mut undo, (global, pid_file.as_deref())) {
         Ok(started) => Ok(started.with_entry(intent.finish())),
         Err(error) => Err(undo.run(intent, error)),
     }
@@ -178,6 +179,7 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
         namespaces: Vec::new(),
         private_pid_namespace: plan.namespaces.new_pid,
         rootless_cgroups: rootless,
+        no_new_keyring: request.options.no_new_keyring,
         id: request.id,
     };
     Ok(Prepared {
@@ -288,7 +290,7 @@ fn start(
     prepared: Prepared,
     intent: &Intent,
     undo: &mut Undo,
-    pid_file: Option<&Path>,
+    (global, pid_file): (&GlobalArgs, Option<&Path>),
 ) -> Result<Started> {
     let Prepared {
         host,
@@ -312,11 +314,14 @@ fn start(
         plan: &plan,
         host: &host,
         state: &state,
-        bundle: &record.bundle,
         gate: gate.as_ref(),
     };
     let (channel, pid, pidfd) = child.make(channel, theirs, &cgroup, undo)?;
     drop(gate);
+    log::debug(global, || {
+        let flags = plan.namespaces.clone_flags;
+        format!("nsexec container setup: cloned pid {pid} with flags {flags:#x}")
+    });
 
     state.pid = pid;
     if plan.namespaces.waits_for_maps() {
@@ -349,6 +354,9 @@ fn start(
         .until(Goal::Built, pid)
         .map_err(|error| explain(error, &cgroup))?;
     let master = conversation.master;
+    log::debug(global, || {
+        format!("child process in init(): pid {pid} has built its root")
+    });
 
     record.init_pid = pid;
     record.init_start_time = process_start_time(pid)?;
@@ -417,7 +425,6 @@ struct Child<'a> {
     plan: &'a Plan,
     host: &'a HostFacts,
     state: &'a State,
-    bundle: &'a Path,
     gate: Option<&'a OwnedFd>,
 }
 
@@ -456,7 +463,6 @@ impl Child<'_> {
             init::run(Inheritance {
                 plan: self.plan,
                 state: self.state,
-                bundle: self.bundle,
                 channel: &theirs,
                 early: &early,
                 early_root,
@@ -529,7 +535,7 @@ impl Launched {
     ///
     /// # Errors
     /// It does not get there.
-    pub fn release(&self) -> Result<()> {
+    pub fn release(&self, global: &GlobalArgs) -> Result<()> {
         self.channel.proceed()?;
         let mut conversation = Conversation {
             channel: &self.channel,
@@ -544,7 +550,14 @@ impl Launched {
         } else {
             Goal::Executed
         };
-        conversation.until(goal, self.record.init_pid)
+        conversation.until(goal, self.record.init_pid)?;
+        log::debug(global, || {
+            "init: closing the pipe to signal completion".to_owned()
+        });
+        if goal == Goal::Ready {
+            log::debug(global, || "init: about to wait on exec fifo".to_owned());
+        }
+        Ok(())
     }
 
     /// Takes the container back after it did not get there. The error with those of the undoing.

@@ -71,6 +71,8 @@ pub struct LaunchOptions {
     pub listen_fds: u32,
     /// The program starts only when `start` says so.
     pub gated: bool,
+    /// The runtime stays and copies between the terminal, if there is one, and its stdio.
+    pub bridged: bool,
 }
 
 /// What a plan is made from.

@@ -54,6 +54,8 @@ pub struct ProcessPlan {
     pub apparmor_profile: Option<Vec<u8>>,
     pub seccomp: Option<Compiled>,
     pub terminal: bool,
+    /// The runtime itself copies between the terminal and its stdio.
+    pub bridged: bool,
     /// Rows and columns.
     pub console_size: Option<(u16, u16)>,
     /// The first fd that the program must not inherit.
@@ -135,6 +137,7 @@ impl ProcessPlan {
                 .map(|profile| format!("exec {profile}").into_bytes()),
             seccomp: None,
             terminal: process.terminal().unwrap_or(false),
+            bridged: options.bridged,
             console_size: process.console_size().map(|size| {
                 let cut = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
                 (cut(size.height()), cut(size.width()))

@@ -482,6 +482,7 @@ mod tests {
             namespaces: Vec::new(),
             private_pid_namespace: true,
             rootless_cgroups: false,
+            no_new_keyring: false,
         }
     }
 

@@ -60,15 +60,30 @@ pub fn set_personality(persona: u32) -> io::Result<()> {
     check(libc::c_long::from(result)).map(drop)
 }
 
+/// A keyring's serial number.
+#[derive(Debug, Clone, Copy)]
+pub struct Keyring(i32);
+
 /// Joins a new session keyring of that name, so that the container does not see the caller's keys.
 ///
 /// # Errors
 /// ENOSYS where the kernel has no keyrings, and those of keyctl(2).
-pub fn join_session_keyring(name: &CStr) -> io::Result<()> {
+pub fn join_session_keyring(name: &CStr) -> io::Result<Keyring> {
     const KEYCTL_JOIN_SESSION_KEYRING: i32 = 1;
     // SAFETY: the name is a C string.
     let result =
         unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) };
+    check(result).map(|serial| Keyring(serial as i32))
+}
+
+/// Sets who may do what with a keyring: four bytes of KEY_*_VIEW and so on.
+///
+/// # Errors
+/// Those of keyctl(2).
+pub fn set_keyring_permissions(keyring: Keyring, permissions: u32) -> io::Result<()> {
+    const KEYCTL_SETPERM: i32 = 5;
+    // SAFETY: plain integers.
+    let result = unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, keyring.0, permissions) };
     check(result).map(drop)
 }
 
