@@ -31,7 +31,7 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["inner", rounds] => return runtime::inner(rounds.parse()?),
-        ["inner-pods", rounds] => return pods::inner(rounds.parse()?),
+        ["inner-pods", rounds, storage] => return pods::inner(rounds.parse()?, storage),
         _ => {}
     }
     let asked = parse(args.into_iter())?;

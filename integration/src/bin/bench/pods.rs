@@ -44,6 +44,17 @@ impl Drop for Daemon {
 pub fn compare(rounds: usize) -> Result<Vec<Comparison>> {
     let script = "ip link set lo up && mount -t tmpfs none /run/netns 2>/dev/null || \
                   { mkdir -p /run/netns && mount -t tmpfs none /run/netns; } && exec \"$@\"";
+    // Out here: making the images for the first time takes Debian's packages.
+    let storage = Command::new(our("fixtures")?)
+        .arg("storage")
+        .stderr(Stdio::inherit())
+        .output()?;
+    ensure!(
+        storage.status.success(),
+        "fixtures storage: {}",
+        storage.status
+    );
+    let storage = String::from_utf8(storage.stdout)?;
     let output = Command::new("unshare")
         .args([
             "--net",
@@ -56,7 +67,7 @@ pub fn compare(rounds: usize) -> Result<Vec<Comparison>> {
             "sh",
         ])
         .arg(std::env::current_exe()?)
-        .args(["inner-pods", &rounds.to_string()])
+        .args(["inner-pods", &rounds.to_string(), storage.trim()])
         .stderr(Stdio::inherit())
         .output()
         .context("unshare")?;
@@ -69,9 +80,9 @@ pub fn compare(rounds: usize) -> Result<Vec<Comparison>> {
 }
 
 /// The part that runs inside: prints its comparisons as JSON.
-pub fn inner(rounds: usize) -> Result<()> {
+pub fn inner(rounds: usize, storage: &str) -> Result<()> {
     let dir = tempfile::Builder::new().prefix("coracle-bench").tempdir()?;
-    let (registry, _registry) = registry(dir.path())?;
+    let (registry, _registry) = registry(dir.path(), storage)?;
     let image = format!("{registry}/coracle/tools:latest");
     let pause = format!("{registry}/pause:3.9");
     let (ours, _coracled) = coracled(dir.path())?;
@@ -140,17 +151,7 @@ fn one(
 }
 
 /// A registry on loopback that serves the test images, and its address.
-fn registry(dir: &Path) -> Result<(String, Daemon)> {
-    let storage = Command::new(our("fixtures")?)
-        .arg("storage")
-        .stderr(Stdio::inherit())
-        .output()?;
-    ensure!(
-        storage.status.success(),
-        "fixtures storage: {}",
-        storage.status
-    );
-    let storage = String::from_utf8(storage.stdout)?;
+fn registry(dir: &Path, storage: &str) -> Result<(String, Daemon)> {
     let address = "127.0.0.1:5000";
     let config = dir.join("registry.yml");
     fs::write(
@@ -158,7 +159,7 @@ fn registry(dir: &Path) -> Result<(String, Daemon)> {
         format!(
             "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}, \
              maintenance: {{readonly: {{enabled: true}}}}}}\nhttp: {{addr: {address}}}\n",
-            storage.trim()
+            storage
         ),
     )?;
     let daemon = spawn(
@@ -170,8 +171,12 @@ fn registry(dir: &Path) -> Result<(String, Daemon)> {
 
 fn coracled(dir: &Path) -> Result<(PathBuf, Daemon)> {
     let socket = dir.join("coracled.sock");
+    let config = dir.join("coracled.toml");
+    fs::write(&config, "[network.bridge]\nenable_forwarding = true\n")?;
     let daemon = spawn(
         Command::new(our("coracled")?)
+            .arg("--config")
+            .arg(&config)
             .arg("--root")
             .arg(dir.join("coracled-root"))
             .arg("--state")
