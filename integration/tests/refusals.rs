@@ -151,7 +151,6 @@ fn container_config_bad_fields_are_named_and_nothing_is_left() -> Result<()> {
             json!([{"container_path": "/dev/x", "host_path": "/dev/nosuchdevice"}]),
             "nosuchdevice",
         ),
-        ("/linux/resources/cpuset_cpus", json!("bogus"), "bogus"),
         ("/log_path", json!("../../escape.log"), "log"),
     ]
     .map(|(pointer, value, named)| (pointer.to_owned(), value, named));
@@ -164,6 +163,17 @@ fn container_config_bad_fields_are_named_and_nothing_is_left() -> Result<()> {
         );
         says(&error, &[named]).map_err(|e| e.context(pointer))?;
     }
+    // What only the kernel can refuse is refused at the start, and the container says why.
+    let config =
+        container("cpuset", TOOLS, &["true"]).set("/linux/resources/cpuset_cpus", "4000-4001");
+    let id = world.create(&pod, &config)?;
+    says(
+        &world.crictl.refused(&["start", &id])?,
+        &["code = ", "cpuset.cpus"],
+    )?;
+    let status = world.container_status(&id)?;
+    ensure!(status["reason"] == "StartError", "{status:#}");
+    world.crictl.run(&["rm", &id])?;
     let image = "docker.io/coracle/user-missing:latest";
     let error = world.refuse_container(&pod, &container("user", image, &["true"]))?;
     says(&error, &["nosuchuser"])?;
