@@ -39,7 +39,9 @@ fn refused_cgroup_stays_as_it_was() -> Result<()> {
     ensure!(!coracle.root.join("c").exists(), "the state was left");
 
     // Nobody is in it now: it may be used, and a start that fails leaves it to its owner.
-    let missing = bench.config("c", &[]).set("/process/args", json!(["/nope"]));
+    let missing = bench
+        .config("c", &[])
+        .set("/process/args", json!(["/nope"]));
     let bundle = bench.bundle("missing", &missing)?;
     let error = coracle.refused(&["run", "-b", &bundle.display().to_string(), "c"])?;
     ensure!(error.contains("/nope"), "{error}");

@@ -15,7 +15,9 @@ use rustix::mount::{
 use super::copy_up;
 use super::resolve::{Root, TargetType, at};
 use crate::error::{Error, Result};
-use crate::plan::mounts::{BindSource, FsSource, V1Hierarchy, may_be_inside_proc};
+use crate::plan::mounts::{
+    BindSource, FsSource, V1Hierarchy, may_be_inside_proc, not_of_type_proc,
+};
 use crate::plan::options::Attributes;
 use crate::plan::{MountKind, MountStep};
 
@@ -178,6 +180,12 @@ fn bind(root: &Root, step: &MountStep, source: &BindSource, early: Option<&Owned
             &made
         }
     };
+    if crate::plan::mounts::is_proc(step) {
+        let stat = rustix::fs::fstatfs(tree).map_err(|error| at("fstatfs", &source.path, error))?;
+        if stat.f_type as u64 != PROC_SUPER_MAGIC {
+            return Err(not_of_type_proc(&step.destination));
+        }
+    }
     let stat = rustix::fs::fstat(tree).map_err(|error| at("fstat", &source.path, error))?;
     let want = match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => TargetType::Directory,

@@ -134,13 +134,13 @@ pub fn make_read_only(root: &Root, plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// The last touches that need the handle of the root: /dev and the root become read-only.
+/// The last touches that need the handle of the root: what was filled and the root become read-only.
 pub fn seal(root: &Root, plan: &Plan) -> Result<()> {
-    if plan.dev.readonly {
-        let dev = root
-            .find(c"dev")
-            .map_err(|error| at("openat2", c"dev", error))?;
-        set_attributes(dev.as_fd(), READ_ONLY, false)?;
+    for step in plan.mounts.iter().filter(|step| step.late_read_only) {
+        let mount = root
+            .find(&step.target)
+            .map_err(|error| at("openat2", &step.target, error))?;
+        set_attributes(mount.as_fd(), READ_ONLY, false)?;
     }
     if plan.rootfs.readonly {
         set_attributes(root.as_fd(), READ_ONLY, false)?;

@@ -14,8 +14,6 @@ use crate::error::{Error, Result};
 pub struct DevPlan {
     /// False when the config binds a /dev of its own: then it is left as it is.
     pub setup: bool,
-    /// The config asked for a read-only /dev: so it becomes once it is filled.
-    pub readonly: bool,
     pub nodes: Vec<NodeStep>,
     /// In a user namespace mknod(2) is refused: the host's nodes are bound instead.
     pub bind: bool,
@@ -62,7 +60,6 @@ pub(super) fn plan(input: &Input<'_>, namespaces: &NamespacePlan) -> Result<DevP
         let parsed = options::parse(mount.options().as_deref().unwrap_or_default());
         let bind = parsed.bind != BindMode::No || mount.typ().as_deref() == Some("bind");
         plan.setup = !bind;
-        plan.readonly = !bind && parsed.attributes.set & libc::MOUNT_ATTR_RDONLY != 0;
     }
     let listed = spec
         .linux()

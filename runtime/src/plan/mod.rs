@@ -296,7 +296,12 @@ mod tests {
             (libc::CLONE_NEWNS | libc::CLONE_NEWPID) as u64
         );
         assert_eq!(plan.rootfs.path, Path::new("/b/rootfs"));
-        assert!(plan.rootfs.readonly && plan.dev.setup && plan.dev.readonly && !plan.dev.bind);
+        assert!(
+            plan.rootfs.readonly
+                && plan.dev.setup
+                && plan.mounts[1].late_read_only
+                && !plan.dev.bind
+        );
         assert_eq!(plan.dev.nodes.len(), 6);
         assert_eq!(plan.masked_paths, [c"proc/kcore".to_owned()]);
         assert_eq!(plan.process.search_path, b"/bin:/sbin");

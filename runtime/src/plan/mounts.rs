@@ -23,6 +23,8 @@ pub struct MountStep {
     pub attributes: Attributes,
     pub recursive_attributes: Attributes,
     pub propagation: Vec<u64>,
+    /// Becomes read-only once all is made: a /dev or a tmpfs that other mounts stand in.
+    pub late_read_only: bool,
 }
 
 /// What is mounted.
@@ -99,7 +101,7 @@ pub struct V1Hierarchy {
 
 /// Files of /proc that engines replace by a bind mount (lxcfs and the like). Nothing else may be
 /// mounted inside /proc: it would lie to the runtime that joins later (CVE-2019-19921).
-const PROC_REPLACEABLE: [&str; 11] = [
+const PROC_REPLACEABLE: [&str; 10] = [
     "proc/cpuinfo",
     "proc/diskstats",
     "proc/meminfo",
@@ -110,7 +112,6 @@ const PROC_REPLACEABLE: [&str; 11] = [
     "proc/slabinfo",
     "proc/sys/kernel/ns_last_pid",
     "proc/sys/crypto/fips_enabled",
-    "proc/net/dev",
 ];
 
 /// Plans all mounts.
@@ -150,10 +151,18 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
         }
     };
     let target = relative("mounts", mount.destination().as_os_str().as_bytes())?;
-    check_proc(&destination, mount.destination(), &kind)?;
+    check_proc(&destination, mount, &kind)?;
     let mut attributes = parsed.attributes;
     if matches!(kind, MountKind::Legacy { .. }) {
         attributes = Attributes::default();
+    }
+    let filled = match &kind {
+        MountKind::Fs(source) => source.fstype == c"tmpfs" || clean(mount.destination()) == "dev",
+        _ => false,
+    };
+    let late_read_only = filled && attributes.set & libc::MOUNT_ATTR_RDONLY != 0;
+    if late_read_only {
+        attributes.set &= !libc::MOUNT_ATTR_RDONLY;
     }
     Ok(MountStep {
         destination,
@@ -162,29 +171,40 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
         attributes,
         recursive_attributes: parsed.recursive_attributes,
         propagation: parsed.propagation,
+        late_read_only,
     })
 }
 
-fn check_proc(destination: &str, path: &Path, kind: &MountKind) -> Result<()> {
-    let clean = clean(path);
-    let inside = clean.starts_with("proc/");
-    if inside {
-        let replaceable = PROC_REPLACEABLE.contains(&clean.as_str())
-            || clean
-                .strip_prefix("proc/")
-                .is_some_and(|rest| rest.starts_with("sys/net/"));
-        if !(replaceable && matches!(kind, MountKind::Bind(_))) {
-            return Err(Error::invalid(format!(
-                "{destination:?} cannot be mounted because it is inside /proc"
-            )));
-        }
+fn check_proc(destination: &str, mount: &Mount, kind: &MountKind) -> Result<()> {
+    let clean = clean(mount.destination());
+    let bind = matches!(kind, MountKind::Bind(_));
+    // Whether a bind mount's source is a procfs, the child sees.
+    if clean == "proc" && !bind && mount.typ().as_deref() != Some("proc") {
+        return Err(not_of_type_proc(destination));
+    }
+    if clean.starts_with("proc/") && !(bind && PROC_REPLACEABLE.contains(&clean.as_str())) {
+        return Err(Error::invalid(format!(
+            "{destination:?} cannot be mounted because it is inside /proc"
+        )));
     }
     Ok(())
+}
+
+/// What everybody reads as the kernel's word must be it.
+pub fn not_of_type_proc(destination: &str) -> Error {
+    Error::invalid(format!(
+        "{destination:?} cannot be mounted because it is not of type proc"
+    ))
 }
 
 /// Whether the planned target may resolve to a place on a procfs other than its root.
 pub fn may_be_inside_proc(step: &MountStep) -> bool {
     clean(Path::new(&step.destination)).starts_with("proc/")
+}
+
+/// Whether the step's target is /proc itself.
+pub fn is_proc(step: &MountStep) -> bool {
+    clean(Path::new(&step.destination)) == "proc"
 }
 
 /// The path without "." and "..", relative.
@@ -411,16 +431,22 @@ mod tests {
             data: c"".to_owned(),
         };
         let cases = [
-            ("/proc", tmpfs(), true),
-            ("/proc/meminfo", bind(), true),
-            ("/proc/meminfo", tmpfs(), false),
-            ("/proc/self/attr", bind(), false),
-            ("/tmp/../proc/sys", bind(), false),
-            ("/procfs/x", tmpfs(), true),
+            ("/proc", "tmpfs", tmpfs(), false),
+            ("/proc", "proc", tmpfs(), true),
+            ("/a/../proc/", "none", bind(), true),
+            ("/proc/meminfo", "", bind(), true),
+            ("/proc/meminfo", "tmpfs", tmpfs(), false),
+            ("/proc/net/dev", "", bind(), false),
+            ("/proc/self/attr", "", bind(), false),
+            ("/tmp/../proc/sys", "", bind(), false),
+            ("/procfs/x", "tmpfs", tmpfs(), true),
         ];
-        for (path, kind, ok) in cases {
+        for (path, fstype, kind, ok) in cases {
+            let mount: Mount =
+                serde_json::from_value(serde_json::json!({"destination": path, "type": fstype}))
+                    .unwrap();
             assert_eq!(
-                check_proc(path, Path::new(path), &kind).is_ok(),
+                check_proc(path, &mount, &kind).is_ok(),
                 ok,
                 "{path} {kind:?}"
             );
