@@ -49,6 +49,8 @@ pub struct Joined {
     pub pid: i32,
     pub pidfd: OwnedFd,
     pub master: Option<OwnedFd>,
+    /// The CPUs it was started on.
+    pub initial_affinity: Option<Vec<usize>>,
 }
 
 /// Makes the process and lets it execute its program.
@@ -101,7 +103,12 @@ pub fn join(request: Request<'_>) -> Result<Joined> {
     .and_then(|()| conversation.until(Goal::Executed, pid));
     let master = conversation.master;
     match executed {
-        Ok(()) => Ok(Joined { pid, pidfd, master }),
+        Ok(()) => Ok(Joined {
+            pid,
+            pidfd,
+            master,
+            initial_affinity: plan.initial_affinity,
+        }),
         Err(error) => {
             process::end(pid, pidfd.as_fd())?;
             Err(error)

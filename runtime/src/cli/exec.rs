@@ -14,6 +14,7 @@ use crate::host::HostFacts;
 use crate::join::{self, Joined};
 use crate::launch::foreground::Signals;
 use crate::launch::{terminal_fits, write_pid_file};
+use crate::log;
 use crate::plan::LaunchOptions;
 use crate::state::{self, Container};
 
@@ -105,9 +106,6 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     } else {
         Some(Signals::block()?)
     };
-    crate::log::debug(global, || {
-        format!("setns_init: joining pid {}", container.record.init_pid)
-    });
     let joined = join::join(join::Request {
         record: &container.record,
         linux: parsed.spec.linux().as_ref(),
@@ -123,8 +121,24 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         console: connect(&args.console_socket)?,
     })
     .map_err(|error| error.context("unable to start container process"))?;
-    crate::log::debug(global, || "setns_init: about to exec".to_owned());
+    tell(global, &joined);
     finish(args, joined, pidfd_socket.as_ref(), signals.as_ref())
+}
+
+fn tell(global: &GlobalArgs, joined: &Joined) {
+    let pid = joined.pid;
+    log::debug(global, || {
+        format!("nsexec container setup: cloned pid {pid}")
+    });
+    if let Some(cpus) = &joined.initial_affinity {
+        let mask = cpus.iter().filter(|cpu| **cpu < 128);
+        let mask = mask.fold(0u128, |mask, cpu| mask | 1 << cpu);
+        log::debug(global, || format!("nsexec: affinity: {mask:#x}"));
+    }
+    log::debug(global, || {
+        format!("child process in init(): pid {pid} has joined the container")
+    });
+    log::debug(global, || "setns_init: about to exec".to_owned());
 }
 
 fn finish(

@@ -77,8 +77,10 @@ pub fn apply(plan: &ProcessPlan, labels: &LabelFiles, channel: &Channel) -> Resu
         sys::set_io_priority(class, priority)
             .map_err(|error| Error::system("failed to set io priority", "", error))?;
     }
-    if let Some(cpus) = &plan.final_affinity {
-        set_affinity(cpus)?;
+    match (&plan.initial_affinity, &plan.final_affinity) {
+        (_, Some(cpus)) => set_affinity(cpus)?,
+        (Some(_), None) => {}
+        (None, None) => reset_affinity(),
     }
     labels.write(plan)?;
     if plan.no_new_privileges {
@@ -110,6 +112,16 @@ pub fn set_affinity(cpus: &[usize]) -> Result<()> {
     }
     rustix::thread::sched_setaffinity(None, &set)
         .map_err(|error| Error::system("sched_setaffinity", format!("{cpus:?}"), error))
+}
+
+/// All processors that the cpuset allows, whatever the caller of the runtime keeps to. A sandbox
+/// that refuses this leaves the caller's choice in force.
+fn reset_affinity() {
+    let mut set = rustix::thread::CpuSet::new();
+    for cpu in 0..rustix::thread::CpuSet::MAX_CPU {
+        set.set(cpu);
+    }
+    let _ = rustix::thread::sched_setaffinity(None, &set);
 }
 
 /// Loads the filter now that no_new_privs is on; the plan without it has loaded it before.

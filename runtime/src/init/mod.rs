@@ -139,6 +139,9 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     // What a filter may refuse comes before it. All that is opened from here on closes by itself.
     identity::close_others(process)?;
     exec::reset_signals().map_err(|error| Error::system("sigaction", "", error))?;
+    if child.gate.is_some() {
+        exec::end_on_signals().map_err(|error| Error::system("sigaction", "", error))?;
+    }
     identity::apply(process, &labels, child.channel)?;
     let program = program::find(process)?;
     identity::load_filter_late(process, child.channel)?;

@@ -169,12 +169,22 @@ fn refuse_proc(target: &OwnedFd, step: &MountStep) -> Result<()> {
     Ok(())
 }
 
+fn clone_inside(root: &Root, path: &CStr, recursive: bool) -> Result<OwnedFd> {
+    let found = root
+        .find(path)
+        .map_err(|error| at("openat2", path, error))?;
+    clone_handle(found.as_fd(), recursive).map_err(|error| at("open_tree", path, error))
+}
+
 fn bind(root: &Root, step: &MountStep, source: &BindSource, early: Option<&OwnedFd>) -> Result<()> {
     let made;
     let tree = match early {
         Some(tree) => tree,
         None => {
-            made = clone_tree(&source.path, source.recursive)?;
+            made = match &source.inside {
+                Some(path) => clone_inside(root, path, source.recursive)?,
+                None => clone_tree(&source.path, source.recursive)?,
+            };
             set_attributes(made.as_fd(), step.attributes, false)?;
             set_attributes(made.as_fd(), step.recursive_attributes, true)?;
             &made
@@ -244,6 +254,8 @@ fn kernel_message(context: &OwnedFd) -> String {
 }
 
 fn filesystem(root: &Root, step: &MountStep, source: &FsSource) -> Result<()> {
+    // A new target has no mode to take over: it gets the kernel's default, 1777.
+    let inherit_mode = source.inherit_mode && root.find(&step.target).is_ok();
     let target = if source.strict_target {
         strict_target(root, step, source)?
     } else {
@@ -253,7 +265,7 @@ fn filesystem(root: &Root, step: &MountStep, source: &FsSource) -> Result<()> {
     };
     let inherited;
     let mut options = source.options.as_slice();
-    if source.inherit_mode {
+    if inherit_mode {
         let stat = rustix::fs::fstat(&target).map_err(|error| at("fstat", &step.target, error))?;
         let mode = CString::new(format!("{:o}", stat.st_mode & 0o7777))
             .map_err(|_| Error::invalid("mode"))?;

@@ -145,11 +145,12 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
         .as_ref()
         .and_then(|linux| linux.seccomp().as_ref())
     {
-        plan.process.seccomp = Some(seccomp::cache::load_or_compile(
-            &request.global.root,
-            profile,
-            seccomp::Abi::native(),
-        )?);
+        let filter =
+            seccomp::cache::load_or_compile(&request.global.root, profile, seccomp::Abi::native())?;
+        log::debug(request.global, || {
+            format!("seccomp filter flags: {}", filter.flags)
+        });
+        plan.process.seccomp = Some(filter);
     }
     let connect = |path: Option<&Path>| path.map(ConsoleSocket::connect).transpose();
     let annotations: BTreeMap<String, String> = config

@@ -40,5 +40,5 @@ pub fn send(filter: &Compiled, listener: impl AsFd, pid: i32, state: &State) -> 
         .map_err(|error| Error::new(Kind::Internal, "encode state", "").source(error))?;
     ConsoleSocket::connect(path)
         .and_then(|agent| agent.send(listener.as_fd(), &document))
-        .map_err(|error| error.context("seccomp listener"))
+        .map_err(|error| error.context("failed to connect with seccomp agent"))
 }

@@ -103,6 +103,8 @@ impl Plan {
         // Containers share seccomp, labels and the rest with every later exec; only here does the
         // user namespace decide whether groups can be set.
         process.setgroups = namespaces.setgroups_allowed;
+        // "execCPUAffinity" is what it says.
+        (process.initial_affinity, process.final_affinity) = (None, None);
         let paths = |list: Option<&Vec<String>>| -> Result<Vec<CString>> {
             list.into_iter()
                 .flatten()
@@ -121,7 +123,9 @@ impl Plan {
             sysctls: sysctls(input.spec)?,
             hostname: named(spec.hostname()),
             domainname: named(spec.domainname()),
-            masked_paths: paths(linux.and_then(|linux| linux.masked_paths().as_ref()))?,
+            masked_paths: once(paths(
+                linux.and_then(|linux| linux.masked_paths().as_ref()),
+            )?),
             readonly_paths: paths(linux.and_then(|linux| linux.readonly_paths().as_ref()))?,
             keyring: (!input.options.no_new_keyring)
                 .then(|| c_string("id", format!("_ses.{}", input.id).as_bytes()))
@@ -132,6 +136,17 @@ impl Plan {
             process,
         })
     }
+}
+
+/// Each path once: engines' defaults and users' own lists overlap.
+fn once(paths: Vec<CString>) -> Vec<CString> {
+    let mut kept: Vec<CString> = Vec::with_capacity(paths.len());
+    for path in paths {
+        if !kept.contains(&path) {
+            kept.push(path);
+        }
+    }
+    kept
 }
 
 fn rootfs(input: &Input<'_>) -> Result<RootfsPlan> {
@@ -382,6 +397,35 @@ mod tests {
         for (wanted, initial) in cases {
             assert_eq!(initial_propagation(wanted), initial, "{wanted:?}");
         }
+    }
+
+    #[test]
+    fn masked_paths_are_masked_once() {
+        let plan = plan(0, |config| {
+            config["linux"]["maskedPaths"] = json!(["/a", "/b", "/a"]);
+        })
+        .unwrap();
+        assert_eq!(plan.masked_paths, [c"a".to_owned(), c"b".to_owned()]);
+    }
+
+    #[test]
+    fn sources_and_targets_inside_the_root() {
+        let plan = plan(0, |config| {
+            user_namespace(config);
+            config["mounts"] = json!([
+                {"destination": "/b/rootfs/x/y", "type": "bind", "source": "/b/rootfs/z"},
+                {"destination": "/b/rootfs2/y", "type": "bind", "source": "/b/rootfs2"}
+            ]);
+        })
+        .unwrap();
+        let bind = |at: usize| match &plan.mounts[at].kind {
+            MountKind::Bind(bind) => (bind.inside.clone(), bind.early),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(plan.mounts[0].target, c"x/y".to_owned());
+        assert_eq!(bind(0), (Some(c"z".to_owned()), false));
+        assert_eq!(plan.mounts[1].target, c"b/rootfs2/y".to_owned());
+        assert_eq!(bind(1), (None, true));
     }
 
     #[test]

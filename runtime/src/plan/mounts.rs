@@ -59,6 +59,9 @@ pub struct BindSource {
     pub path: CString,
     pub recursive: bool,
     pub idmap: Option<IdMap>,
+    /// The source is in the container's own root, at this path: what is mounted there before this
+    /// mount is part of it, and only the child can see that.
+    pub inside: Option<CString>,
     /// The parent clones the tree: in a user namespace the child may not reach the source. Not for
     /// an unprivileged parent, who reaches no more than its child and may not clone.
     pub early: bool,
@@ -150,7 +153,12 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
             other => legacy(other, mount, &parsed)?,
         }
     };
-    let target = relative("mounts", mount.destination().as_os_str().as_bytes())?;
+    // As runc does for old configs that name the place with the host's path of the root.
+    let inside = inside_root(input, mount.destination());
+    let target = match &inside {
+        Some(inside) => inside.clone(),
+        None => relative("mounts", mount.destination().as_os_str().as_bytes())?,
+    };
     check_proc(&destination, mount, &kind)?;
     let mut attributes = parsed.attributes;
     if matches!(kind, MountKind::Legacy { .. }) {
@@ -173,6 +181,20 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
         propagation: parsed.propagation,
         late_read_only,
     })
+}
+
+/// A path of the host that lies in the container's root, relative to that.
+fn inside_root(input: &Input<'_>, path: &Path) -> Option<CString> {
+    let root = input.spec.spec().root().as_ref()?;
+    let root = input.bundle.join(root.path());
+    if root == Path::new("/") {
+        return None;
+    }
+    relative(
+        "mounts",
+        path.strip_prefix(root).ok()?.as_os_str().as_bytes(),
+    )
+    .ok()
 }
 
 fn check_proc(destination: &str, mount: &Mount, kind: &MountKind) -> Result<()> {
@@ -263,10 +285,14 @@ fn bind(
             recursive,
         })
     };
+    // An id mapping takes rights over the filesystem that only the parent has for sure.
+    let inside = inside_root(input, &path).filter(|_| idmap.is_none());
     Ok(BindSource {
         path: c_string("mounts.source", path.as_os_str().as_bytes())?,
         recursive: parsed.bind == BindMode::Recursive,
-        early: (namespaces.has_user() && input.host.is_root()) || idmap.is_some(),
+        early: (namespaces.has_user() && input.host.is_root() && inside.is_none())
+            || idmap.is_some(),
+        inside,
         idmap,
     })
 }
@@ -421,6 +447,7 @@ mod tests {
                 path: c"/x".to_owned(),
                 recursive: false,
                 idmap: None,
+                inside: None,
                 early: false,
             })
         };

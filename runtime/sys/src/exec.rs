@@ -137,3 +137,25 @@ pub fn reset_signals() -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Lets the signals that ask a process to end do so even for the init of a pid namespace, whom the
+/// kernel shields from those that it does not handle. Until exec, which resets handlers.
+///
+/// # Errors
+/// Those of sigaction(2).
+pub fn end_on_signals() -> io::Result<()> {
+    extern "C" fn end(signal: libc::c_int) {
+        // SAFETY: _exit(2) is async-signal-safe.
+        unsafe { libc::_exit(128 + signal) }
+    }
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+        // SAFETY: a zeroed sigaction is SIG_DFL with no flags and an empty mask.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = end as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        // SAFETY: the pointer is to a live sigaction, and its handler calls _exit alone.
+        if unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
