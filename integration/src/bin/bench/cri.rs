@@ -101,7 +101,11 @@ impl Client {
             pid: v1::NamespaceMode::Container as i32,
             ..Default::default()
         };
-        let sandbox_config = sandbox_config(name, namespaces.clone());
+        let mut sandbox_config = sandbox_config(name, namespaces.clone());
+        if let Net::Pod = net {
+            // A pod on the host's network has no name of its own: containerd refuses one.
+            sandbox_config.hostname = "bench".to_owned();
+        }
         let config = container_config(image, namespaces);
 
         let clock = Instant::now();
@@ -181,7 +185,6 @@ fn sandbox_config(name: &str, namespaces: v1::NamespaceOption) -> v1::PodSandbox
             namespace: "bench".to_owned(),
             attempt: 0,
         }),
-        hostname: "bench".to_owned(),
         log_directory: String::new(),
         linux: Some(v1::LinuxPodSandboxConfig {
             cgroup_parent: "/coracle-bench".to_owned(),

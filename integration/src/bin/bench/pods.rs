@@ -206,6 +206,7 @@ fn containerd(dir: &Path, pause: &str) -> Result<(PathBuf, Daemon)> {
         "version = 2\nroot = '{dir}/containerd-root'\nstate = '{dir}/containerd-state'\n\
          [grpc]\naddress = '{socket}'\n[ttrpc]\naddress = '{socket}.ttrpc'\n\
          [plugins.'io.containerd.grpc.v1.cri']\nsandbox_image = '{pause}'\n\
+         restrict_oom_score_adj = true\n\
          [plugins.'io.containerd.grpc.v1.cri'.cni]\nbin_dir = '/usr/lib/cni'\nconf_dir = '{nets}'\n",
         dir = dir.display(),
         socket = socket.display(),
