@@ -37,8 +37,9 @@ fn main() -> Result<()> {
     let asked = parse(args.into_iter())?;
     let mut comparisons: Vec<Comparison> = Vec::new();
     if asked.wants("runtime") {
-        comparisons.extend(runtime::here("cgroup v1 or the host's own", asked.runs)?);
-        comparisons.extend(runtime::in_v2_view(asked.runs)?);
+        for view in runtime::views() {
+            comparisons.extend(runtime::compare(&view, asked.runs)?);
+        }
     }
     if asked.wants("pods") {
         comparisons.extend(pods::compare(asked.pods)?);

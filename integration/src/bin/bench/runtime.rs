@@ -13,7 +13,8 @@ use serde_json::json;
 use crate::series::Comparison;
 
 const CLOCK: &str = "Clock: from fork of the runtime's command to its exit. Same bundle (static \
-    busybox), same config made by `runc spec`. Left out: unpacking of an image, the shim, the daemon.";
+    busybox), same config made by `runc spec`, without resources on cgroup v2. Left out: unpacking of \
+    an image, the shim, the daemon.";
 
 struct Runtime {
     name: String,
@@ -74,6 +75,12 @@ impl Bench {
         config["process"]["args"] = json!(args);
         // No limit is raised: the hard limit of open files of the machine may be lower.
         config["process"]["rlimits"] = json!([]);
+        // crun 1.8 cannot load its device program where RLIMIT_MEMLOCK may not be raised.
+        if on_v2()
+            && let Some(linux) = config["linux"].as_object_mut()
+        {
+            linux.remove("resources");
+        }
         fs::write(&path, serde_json::to_vec(&config)?)?;
         Ok(())
     }
@@ -144,47 +151,48 @@ impl Drop for Bench {
     }
 }
 
-/// Compares in the cgroups of whoever calls.
-pub fn here(view: &str, runs: usize) -> Result<Vec<Comparison>> {
-    let bench = Bench::new()?;
-    let names = bench.names();
-    let goal = if Path::new("/sys/fs/cgroup/cgroup.procs").exists() {
-        0.6
-    } else {
-        0.85
-    };
-    let run = Comparison::take(
-        &format!("run, {view}"),
-        CLOCK,
-        &names,
-        runs,
-        |program, round| bench.run(program, round),
-    )?
-    .goal(names[1], goal);
-    bench.start_sleepers()?;
-    let exec = Comparison::take(
-        &format!("exec, {view}"),
-        CLOCK,
-        &names,
-        runs,
-        |program, _| bench.exec(program),
-    )?;
-    Ok(vec![run, exec])
+/// What /sys/fs/cgroup shows while runtimes are compared.
+pub struct View {
+    pub name: &'static str,
+    /// Makes the view in a mount namespace of its own.
+    script: &'static str,
+    /// Peer and ratio that `run` is to stay under.
+    goal: (&'static str, f64),
 }
 
-/// Compares in a mount namespace of its own, where /sys/fs/cgroup is cgroup v2 alone.
-pub fn in_v2_view(runs: usize) -> Result<Vec<Comparison>> {
-    let script = "umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec \"$@\"";
+/// crun 1.8 refuses a hybrid host whose cgroup2 mount has a controller, so that mount is hidden.
+const V1: View = View {
+    name: "cgroup v1",
+    script: "if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi",
+    goal: ("crun", 0.85),
+};
+
+/// The controllers stay with the host's v1 hierarchies.
+const V2: View = View {
+    name: "private cgroup v2 view without controllers",
+    script: "umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup",
+    goal: ("crun", 0.6),
+};
+
+/// Every view that this host can show.
+pub fn views() -> Vec<View> {
+    if on_v2() {
+        println!("left out: {}: the host has cgroup v2 alone", V1.name);
+        return vec![V2];
+    }
+    vec![V1, V2]
+}
+
+fn on_v2() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.procs").exists()
+}
+
+/// Compares in a mount namespace of its own that shows the view.
+pub fn compare(view: &View, runs: usize) -> Result<Vec<Comparison>> {
+    let script = format!("{} && exec \"$@\"", view.script);
     let output = Command::new("unshare")
-        .args([
-            "--mount",
-            "--propagation",
-            "private",
-            "sh",
-            "-c",
-            script,
-            "sh",
-        ])
+        .args(["--mount", "--propagation", "private", "sh", "-c", &script])
+        .arg("sh")
         .arg(std::env::current_exe()?)
         .args(["inner", &runs.to_string()])
         .stderr(Stdio::inherit())
@@ -192,16 +200,38 @@ pub fn in_v2_view(runs: usize) -> Result<Vec<Comparison>> {
         .context("unshare")?;
     ensure!(
         output.status.success(),
-        "the cgroup v2 view: {}",
+        "the view of {}: {}",
+        view.name,
         output.status
     );
-    serde_json::from_slice(&output.stdout).context("the comparisons of the cgroup v2 view")
+    let comparisons: Vec<Comparison> =
+        serde_json::from_slice(&output.stdout).with_context(|| view.name.to_owned())?;
+    let named = comparisons.into_iter().map(|mut comparison| {
+        if comparison.what == "run" {
+            let peer = comparison
+                .series
+                .iter()
+                .find(|s| s.program.starts_with(view.goal.0));
+            comparison.goal = peer.map(|s| (s.program.clone(), view.goal.1));
+        }
+        comparison.what = format!("{}, {}", comparison.what, view.name);
+        comparison
+    });
+    Ok(named.collect())
 }
 
 /// The part that runs inside the view: prints its comparisons as JSON.
 pub fn inner(runs: usize) -> Result<()> {
-    let comparisons = here("private cgroup v2 view without controllers", runs)?;
-    println!("{}", serde_json::to_string(&comparisons)?);
+    let bench = Bench::new()?;
+    let names = bench.names();
+    let run = Comparison::take("run", CLOCK, &names, runs, |program, round| {
+        bench.run(program, round)
+    })?;
+    bench.start_sleepers()?;
+    let exec = Comparison::take("exec", CLOCK, &names, runs, |program, _| {
+        bench.exec(program)
+    })?;
+    println!("{}", serde_json::to_string(&[run, exec])?);
     Ok(())
 }
 
