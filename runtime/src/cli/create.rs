@@ -8,7 +8,7 @@ use coracle_oci::ContainerId;
 use super::GlobalArgs;
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
-use crate::launch::{self, Request};
+use crate::launch::{self, Request, notify};
 use crate::plan::LaunchOptions;
 
 #[derive(Debug, clap::Args)]
@@ -76,9 +76,14 @@ impl ContainerArgs {
     ) -> Result<Request<'a>> {
         let path =
             |path: &'a Option<PathBuf>| path.as_deref().filter(|path| !path.as_os_str().is_empty());
+        let id = ContainerId::parse(&self.id).map_err(|error| Error::invalid(error.to_string()))?;
+        let mut bundle = Bundle::open(path(&self.bundle))?;
+        if notify::host().is_some() {
+            bundle.config = notify::add_to(&bundle.config, &global.root, id.as_str())?;
+        }
         Ok(Request {
-            id: ContainerId::parse(&self.id).map_err(|error| Error::invalid(error.to_string()))?,
-            bundle: Bundle::open(path(&self.bundle))?,
+            id,
+            bundle,
             global,
             options,
             console_socket: path(&self.console_socket),

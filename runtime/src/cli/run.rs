@@ -1,5 +1,6 @@
 //! `run`: create and start in one, in the foreground unless told otherwise.
 
+use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 
 use coracle_oci::state::Status;
@@ -9,6 +10,7 @@ use super::create::ContainerArgs;
 use crate::error::{Error, Result};
 use crate::hooks;
 use crate::launch::foreground::Signals;
+use crate::launch::notify::{self, NotifySocket};
 use crate::launch::{self, Launched};
 
 #[derive(Debug, clap::Args)]
@@ -37,23 +39,38 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         Some(Signals::block()?)
     };
     let mut launched = launch::launch(request)?;
-    if let Err(error) = begin(&launched, global) {
-        return Err(launched.give_up(error));
-    }
+    let notify = match begin(&launched, global, signals.is_none()) {
+        Ok(notify) => notify,
+        Err(error) => return Err(launched.give_up(error)),
+    };
     let Some(signals) = signals else {
+        // As with runc: whoever listens no more is no reason to end the container.
+        let _ = notify.map(|notify| notify.wait(launched.pidfd.as_fd()));
         return Ok(ExitCode::SUCCESS);
     };
     if !args.no_subreaper && !launched.record.private_pid_namespace {
         become_subreaper()?;
     }
-    let code = signals.follow(launched.record.init_pid, launched.master.take())?;
+    let code = signals.follow(
+        launched.record.init_pid,
+        launched.master.take(),
+        notify.as_ref(),
+    )?;
     if !args.keep {
         launched.destroy()?;
     }
     Ok(ExitCode::from(code))
 }
 
-fn begin(launched: &Launched, global: &GlobalArgs) -> Result<()> {
+fn begin(launched: &Launched, global: &GlobalArgs, detached: bool) -> Result<Option<NotifySocket>> {
+    let main_pid = match detached {
+        true => launched.record.init_pid,
+        false => rustix::process::getpid().as_raw_nonzero().get(),
+    };
+    let notify = match notify::host() {
+        Some(host) => NotifySocket::bind(&launched.entry, host, main_pid)?,
+        None => None,
+    };
     launched.release(global)?;
     let mut state = launched.state.clone();
     state.status = Status::Running;
@@ -63,7 +80,8 @@ fn begin(launched: &Launched, global: &GlobalArgs) -> Result<()> {
         .poststart()
         .as_deref()
         .unwrap_or_default();
-    hooks::run("poststart", hooks, &state, Some(&launched.record.bundle))
+    hooks::run("poststart", hooks, &state, Some(&launched.record.bundle))?;
+    Ok(notify)
 }
 
 /// Without a pid namespace the container's orphans come to us, and have to be reaped.

@@ -1,5 +1,6 @@
 //! `start`: lets the program of a created container begin.
 
+use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 
 use coracle_oci::ContainerId;
@@ -10,7 +11,8 @@ use super::GlobalArgs;
 use crate::error::{Error, Result};
 use crate::hooks;
 use crate::launch::gate;
-use crate::state::{Decision, Request, Store, decide, is_alive, status};
+use crate::launch::notify::{self, NotifySocket};
+use crate::state::{Decision, Request, Store, decide, is_alive, open_process, status};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -29,6 +31,15 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         Decision::AlreadyDone => return Ok(ExitCode::SUCCESS),
         Decision::Deny(reason) => return Err(reason.error(&id)),
     }
+    let notify = match notify::host() {
+        Some(host) => NotifySocket::bind(&entry, host, record.init_pid)?,
+        None => None,
+    };
+    let init = notify
+        .as_ref()
+        .map(|_| open_process(record.init()))
+        .transpose()?
+        .flatten();
     gate::open(&entry, is_alive(record.init()))?;
     drop(lock);
     let hooks = poststart(&entry.config()?)?;
@@ -38,6 +49,9 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         &State::new(&record, Status::Running),
         Some(&record.bundle),
     )?;
+    if let (Some(notify), Some(init)) = (notify, init) {
+        notify.wait(init.as_fd())?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

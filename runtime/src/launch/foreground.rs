@@ -10,6 +10,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{WaitOptions, WaitStatus};
 
+use super::notify::NotifySocket;
 use super::process::{exit_code, pid_of};
 use crate::console::{RawMode, follow_size};
 use crate::error::{Error, Result};
@@ -46,10 +47,45 @@ impl Signals {
     ///
     /// # Errors
     /// The wait itself failed.
-    pub fn follow(&self, pid: i32, master: Option<OwnedFd>) -> Result<u8> {
-        match master {
-            Some(master) => self.follow_terminal(pid, &master),
-            None => self.follow_quietly(pid),
+    pub fn follow(
+        &self,
+        pid: i32,
+        master: Option<OwnedFd>,
+        notify: Option<&NotifySocket>,
+    ) -> Result<u8> {
+        match (master, notify) {
+            (Some(master), notify) => self.follow_terminal(pid, &master, notify),
+            (None, Some(notify)) => self.follow_notifying(pid, notify),
+            (None, None) => self.follow_quietly(pid),
+        }
+    }
+
+    fn open(&self) -> Result<SignalFd> {
+        SignalFd::with_flags(&self.set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+            .map_err(|error| Error::system("signalfd", "", error))
+    }
+
+    fn follow_notifying(&self, pid: i32, notify: &NotifySocket) -> Result<u8> {
+        let signals = self.open()?;
+        loop {
+            if let Some(status) = try_reap(pid)? {
+                return Ok(exit_code(status));
+            }
+            let mut fds = [
+                PollFd::new(&signals, PollFlags::IN),
+                PollFd::from_borrowed_fd(notify.as_fd(), PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(Error::system("poll", "", error)),
+            }
+            serve(notify);
+            while let Ok(Some(signal)) = signals.read_signal() {
+                match i32::try_from(signal.ssi_signo) {
+                    Ok(libc::SIGCHLD) | Err(_) => {}
+                    Ok(number) => forward(pid, number),
+                }
+            }
         }
     }
 
@@ -70,10 +106,13 @@ impl Signals {
         }
     }
 
-    fn follow_terminal(&self, pid: i32, master: &OwnedFd) -> Result<u8> {
-        let signals =
-            SignalFd::with_flags(&self.set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-                .map_err(|error| Error::system("signalfd", "", error))?;
+    fn follow_terminal(
+        &self,
+        pid: i32,
+        master: &OwnedFd,
+        notify: Option<&NotifySocket>,
+    ) -> Result<u8> {
+        let signals = self.open()?;
         let _raw = RawMode::enter();
         follow_size(master.as_fd());
         set_nonblocking(master.as_fd())?;
@@ -83,7 +122,8 @@ impl Signals {
                 bridge.drain();
                 return Ok(exit_code(status));
             }
-            bridge.turn(&signals)?;
+            bridge.turn(&signals, notify)?;
+            notify.map(serve);
             while let Ok(Some(signal)) = signals.read_signal() {
                 match i32::try_from(signal.ssi_signo) {
                     Ok(libc::SIGCHLD) | Err(_) => {}
@@ -93,6 +133,11 @@ impl Signals {
             }
         }
     }
+}
+
+/// A service manager that is gone is no reason to end the container.
+fn serve(notify: &NotifySocket) {
+    let _ = notify.serve();
 }
 
 fn try_reap(pid: i32) -> Result<Option<WaitStatus>> {
@@ -140,7 +185,7 @@ impl<'a> Bridge<'a> {
     }
 
     /// Waits for anything to do and does it once.
-    fn turn(&mut self, signals: &SignalFd) -> Result<()> {
+    fn turn(&mut self, signals: &SignalFd, notify: Option<&NotifySocket>) -> Result<()> {
         let stdin = rustix::stdio::stdin();
         let mut master_wants = PollFlags::empty();
         if !self.master_ended {
@@ -150,6 +195,9 @@ impl<'a> Bridge<'a> {
             }
         }
         let mut fds = vec![PollFd::new(signals, PollFlags::IN)];
+        if let Some(notify) = notify {
+            fds.push(PollFd::from_borrowed_fd(notify.as_fd(), PollFlags::IN));
+        }
         let (mut master_at, mut stdin_at) = (None, None);
         if !master_wants.is_empty() {
             master_at = Some(fds.len());

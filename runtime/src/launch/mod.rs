@@ -15,6 +15,7 @@ mod early;
 pub mod foreground;
 pub mod gate;
 mod idmap;
+pub mod notify;
 pub mod process;
 mod seccomp_agent;
 mod stage;
@@ -106,6 +107,11 @@ pub fn launch(request: Request<'_>) -> Result<Launched> {
         mounts: Vec::new(),
     })?;
     let mut undo = Undo::default();
+    if notify::host().is_some()
+        && let Err(error) = notify::make_directory(intent.entry())
+    {
+        return Err(undo.run(intent, error));
+    }
     match start(prepared, &intent, &mut undo, (global, pid_file.as_deref())) {
         Ok(started) => Ok(started.with_entry(intent.finish())),
         Err(error) => Err(undo.run(intent, error)),
@@ -139,6 +145,9 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
         cgroup: &cgroup_record,
         options: &request.options,
     })?;
+    for warning in plan.process.capabilities.warnings() {
+        log::warning(request.global, &warning);
+    }
     check_rootfs(&plan.rootfs.path)?;
     if let Some(profile) = config
         .linux()
