@@ -39,13 +39,179 @@ fn refused_cgroup_stays_as_it_was() -> Result<()> {
     ensure!(!coracle.root.join("c").exists(), "the state was left");
 
     // Nobody is in it now: it may be used, and a start that fails leaves it to its owner.
-    let missing = bench
-        .config("c", &[])
-        .set("/process/args", json!(["/nope"]));
+    let missing = bench.config("c", &[]).set(
+        "/mounts",
+        json!([{"destination": "/x", "type": "bind", "source": "/nope", "options": ["bind"]}]),
+    );
     let bundle = bench.bundle("missing", &missing)?;
     let error = coracle.refused(&["run", "-b", &bundle.display().to_string(), "c"])?;
     ensure!(error.contains("/nope"), "{error}");
     ensure!(cgroup.is_dir(), "the cgroup of another was removed");
     std::fs::remove_dir(&cgroup).context("remove the test's cgroup")?;
+    bench.finish()
+}
+
+/// Runs a config to its end and gives what it printed.
+fn run(bench: &Bench, name: &str, config: &coracle_integration::crictl::Config) -> Result<String> {
+    let bundle = bench.bundle(name, config)?;
+    bench
+        .coracle()?
+        .run(&["run", "-b", &bundle.display().to_string(), name])
+}
+
+#[test]
+fn hooks_without_env_have_runcs() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let out = bench.dir.join("out");
+    let script = format!("(pwd; env) > {}", out.display());
+    let config = bench
+        .config("env", &["show"])
+        .set("/process/env", json!(["PATH=/bin", "A=b"]))
+        .set(
+            "/hooks",
+            json!({"createContainer": [{"path": "/bin/sh", "args": ["sh", "-c", script]}]}),
+        );
+    run(&bench, "env", &config)?;
+    let text = std::fs::read_to_string(&out)?;
+    let rootfs = bench.dir.join("env/rootfs").display().to_string();
+    let mut lines: Vec<&str> = text.lines().filter(|l| !l.starts_with("PWD=")).collect();
+    lines.sort_unstable();
+    ensure!(lines == [rootfs.as_str(), "PATH=/bin"], "{text}");
+    bench.finish()
+}
+
+#[test]
+fn filter_may_refuse_what_the_runtime_needs() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    for (name, no_new_privileges) in [("old", false), ("new", true)] {
+        let config = bench
+            .config(name, &["show"])
+            .set("/process/noNewPrivileges", no_new_privileges)
+            .set(
+                "/linux/seccomp",
+                json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                    {"names": ["close_range", "close"], "action": "SCMP_ACT_ERRNO"}]}),
+            );
+        // The probe itself may miss what is refused here: that it was executed is enough.
+        let bundle = bench.bundle(name, &config)?.display().to_string();
+        let output = bench.coracle()?.try_run(&["run", "-b", &bundle, name])?;
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(!error.contains("unable to start"), "{name}: {error}");
+    }
+    bench.finish()
+}
+
+#[test]
+fn read_only_mounts_hold_others() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let config = bench.config("ro", &["show"]);
+    let mut mounts = config.0["mounts"].clone();
+    for mount in mounts.as_array_mut().context("mounts")? {
+        if mount["destination"] == "/dev" {
+            mount["options"] = json!(["nosuid", "mode=755", "ro"]);
+        }
+    }
+    let config = config.set("/mounts", mounts);
+    let seen: serde_json::Value = serde_json::from_str(&run(&bench, "ro", &config)?)?;
+    let mounts = seen["mounts"].as_array().context("mounts")?;
+    let dev = mounts.iter().find(|m| m["target"] == "/dev");
+    let flags = dev.context("/dev")?["flags"].as_str().unwrap_or_default();
+    ensure!(flags.split(',').any(|flag| flag == "ro"), "{flags}");
+    bench.finish()
+}
+
+#[test]
+fn proc_is_the_kernels() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let with = |name: &str, mount: serde_json::Value| {
+        let config = bench.config(name, &["show"]);
+        let mut mounts = config.0["mounts"].clone();
+        if let Some(list) = mounts.as_array_mut() {
+            list.push(mount);
+        }
+        config.set("/mounts", mounts)
+    };
+    let refused = [
+        (
+            json!({"destination": "/proc", "type": "tmpfs"}),
+            "not of type proc",
+        ),
+        (
+            json!({"destination": "/proc", "type": "bind", "source": "/etc", "options": ["bind"]}),
+            "not of type proc",
+        ),
+        (
+            json!({"destination": "/proc/net/dev", "type": "bind", "source": "/etc/hosts",
+                "options": ["bind"]}),
+            "inside /proc",
+        ),
+    ];
+    for (mount, reason) in refused {
+        let bundle = bench.bundle("p", &with("p", mount))?.display().to_string();
+        let error = bench.coracle()?.refused(&["run", "-b", &bundle, "p"])?;
+        ensure!(error.contains(reason), "{error}");
+    }
+    bench.finish()
+}
+
+#[test]
+fn created_container_ends_on_sigterm() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let coracle = bench.coracle()?;
+    let bundle = bench.bundle("t", &bench.config("t", &["show"]))?;
+    let bundle = bundle.display().to_string();
+    coracle.detached(&["create", "-b", &bundle, "t"], &bench.dir.join("log"))?;
+    coracle.run(&["kill", "t", "TERM"])?;
+    coracle.wait_status("t", "stopped")?;
+    coracle.run(&["delete", "t"])?;
+    bench.finish()
+}
+
+#[test]
+fn caller_affinity_is_not_inherited() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let own = rustix::thread::sched_getaffinity(None)?;
+    if own.count() < 2 {
+        skip!("one processor");
+    }
+    let mut one = rustix::thread::CpuSet::new();
+    one.set(0);
+    rustix::thread::sched_setaffinity(None, &one)?;
+    let log = bench.dir.join("log");
+    let coracle = bench.coracle()?;
+    let bundle = bench.bundle("a", &bench.config("a", &["sleep", "60"]))?;
+    let bundle = bundle.display().to_string();
+    coracle.detached(&["run", "-d", "-b", &bundle, "a"], &log)?;
+    let pid = coracle.state("a")?["pid"].as_i64().unwrap_or_default();
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(rustix::process::Pid::from_raw);
+    let theirs = rustix::thread::sched_getaffinity(pid)?;
+    rustix::thread::sched_setaffinity(None, &own)?;
+    coracle.run(&["delete", "-f", "a"])?;
+    ensure!(theirs.count() > 1, "the program is kept to one processor");
+    bench.finish()
+}
+
+#[test]
+fn debug_tells_the_steps() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let bundle = bench.bundle("d", &bench.config("d", &["show"]))?;
+    let bundle = bundle.display().to_string();
+    let coracle = bench.coracle()?;
+    for (flags, told) in [(vec!["--debug"], true), (vec![], false)] {
+        let line = [flags, vec!["run", "-b", &bundle, "d"]].concat();
+        let output = coracle.try_run(&line)?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{text}");
+        ensure!(text.contains("level=debug") == told, "{text}");
+    }
     bench.finish()
 }

@@ -161,7 +161,7 @@ fn finish(
     match signals {
         None => Ok(ExitCode::SUCCESS),
         Some(signals) => signals
-            .follow(joined.pid, joined.master.take())
+            .follow(joined.pid, joined.master.take(), None)
             .map(ExitCode::from),
     }
 }
@@ -282,6 +282,11 @@ fn with_capabilities(own: &Process, names: &[String]) -> Result<LinuxCapabilitie
             with(sets.effective()),
             with(sets.permitted()),
         );
+        // Ambient takes inheritable, which this flag does not give.
+        if sets.inheritable().is_some() {
+            let ambient = with(sets.ambient());
+            sets.set_ambient(ambient);
+        }
         sets.set_bounding(bounding)
             .set_effective(effective)
             .set_permitted(permitted);
@@ -359,6 +364,12 @@ mod tests {
         assert_eq!(sets.bounding().as_ref().unwrap().len(), 2);
         assert_eq!(sets.effective().as_ref().unwrap().len(), 1);
         assert!(sets.ambient().as_ref().is_none_or(|set| set.is_empty()));
+        let mut inheriting = own();
+        let mut sets = inheriting.capabilities().clone().unwrap();
+        sets.set_inheritable(Some(Default::default()));
+        inheriting.set_capabilities(Some(sets));
+        let sets = with_capabilities(&inheriting, &["CAP_CHOWN".to_owned()]).unwrap();
+        assert_eq!(sets.ambient().as_ref().unwrap().len(), 1);
         assert!(with_capabilities(&own(), &["CAP_NOPE".to_owned()]).is_err());
         assert!(
             empty_capabilities()

@@ -1,7 +1,7 @@
 //! Who the program is and what it may do: scheduling, capabilities, ids, directory, and last the
 //! seccomp filter. Used by the init of a container and by exec alike.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 
 use coracle_sys::{exec, process as sys};
 use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
@@ -44,6 +44,11 @@ impl LabelFiles {
         })
     }
 
+    fn fds(&self) -> impl Iterator<Item = RawFd> {
+        let files = self.selinux.iter().chain(&self.apparmor);
+        files.map(std::os::fd::AsRawFd::as_raw_fd)
+    }
+
     fn write(&self, plan: &ProcessPlan) -> Result<()> {
         for (file, label, what) in [
             (&self.selinux, &plan.selinux_label, "selinux label"),
@@ -70,8 +75,7 @@ pub fn apply(plan: &ProcessPlan, labels: &LabelFiles, channel: &Channel) -> Resu
             .map_err(|error| Error::system("personality", format!("{persona:#x}"), error))?;
     }
     if let Some(attributes) = &plan.scheduler {
-        sys::set_scheduler(attributes)
-            .map_err(|error| Error::system("error setting scheduler", "", error))?;
+        sys::set_scheduler(attributes).map_err(|error| refused_scheduler(plan, error))?;
     }
     if let Some((class, priority)) = plan.io_priority {
         sys::set_io_priority(class, priority)
@@ -103,6 +107,13 @@ pub fn apply(plan: &ProcessPlan, labels: &LabelFiles, channel: &Channel) -> Resu
     rustix::process::umask(Mode::from_raw_mode(plan.umask.unwrap_or(0o022)));
     change_directory(plan, there)?;
     set_capabilities(&plan.capabilities)
+}
+
+fn refused_scheduler(plan: &ProcessPlan, error: std::io::Error) -> Error {
+    if plan.has_cpuset && error.raw_os_error() == Some(libc::EPERM) {
+        return Error::invalid("process scheduler can't be used together with AllowedCPUs");
+    }
+    Error::system("error setting scheduler", "", error)
 }
 
 pub fn set_affinity(cpus: &[usize]) -> Result<()> {
@@ -296,4 +307,13 @@ pub fn close_others(plan: &ProcessPlan) -> Result<()> {
     }
     exec::close_on_exec_from(plan.first_closed_fd)
         .map_err(|error| Error::system("close_range(CLOSE_RANGE_CLOEXEC)", "", error))
+}
+
+/// Closes what the runtime was started with and has not been told to pass on: an init that waits
+/// for `start` would hold it open for as long. Of what was opened since, only `kept` is needed.
+pub fn close_inherited(plan: &ProcessPlan, labels: &LabelFiles, kept: &[RawFd]) -> Result<()> {
+    let mut kept: Vec<RawFd> = kept.iter().copied().chain(labels.fds()).collect();
+    kept.sort_unstable();
+    exec::close_all_but(plan.first_closed_fd, &kept)
+        .map_err(|error| Error::system("close_range", "", error))
 }

@@ -12,7 +12,7 @@ pub mod resolve;
 pub mod rootfs;
 
 use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use coracle_oci::spec::{Hook, LinuxNamespaceType};
 use coracle_oci::state::{State, Status};
@@ -139,7 +139,12 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     // What a filter may refuse comes before it. All that is opened from here on closes by itself.
     identity::close_others(process)?;
     exec::reset_signals().map_err(|error| Error::system("sigaction", "", error))?;
-    if child.gate.is_some() {
+    if let Some(gate) = child.gate {
+        identity::close_inherited(
+            process,
+            &labels,
+            &[gate.as_raw_fd(), child.channel.as_fd().as_raw_fd()],
+        )?;
         exec::end_on_signals().map_err(|error| Error::system("sigaction", "", error))?;
     }
     identity::apply(process, &labels, child.channel)?;

@@ -46,6 +46,8 @@ pub struct ProcessPlan {
     pub rlimits: Vec<(PosixRlimitType, u64, u64)>,
     pub oom_score_adj: Option<i32>,
     pub scheduler: Option<SchedulerAttributes>,
+    /// The container is kept to some processors, which rules out some schedulers.
+    pub has_cpuset: bool,
     /// Class and priority.
     pub io_priority: Option<(u32, u32)>,
     pub personality: Option<u32>,
@@ -123,6 +125,7 @@ impl ProcessPlan {
             rlimits: process.rlimits().iter().flatten().map(rlimit).collect(),
             oom_score_adj: process.oom_score_adj(),
             scheduler: process.scheduler().as_ref().map(scheduler).transpose()?,
+            has_cpuset: has_cpuset(linux),
             io_priority: process
                 .io_priority()
                 .map(|io| (io_class(io.class()), io.priority().unsigned_abs() as u32)),
@@ -148,6 +151,28 @@ impl ProcessPlan {
             initial_affinity: cpus(affinity.and_then(|a| a.initial().as_ref()))?,
             final_affinity: cpus(affinity.and_then(|a| a.cpu_affinity_final().as_ref()))?,
         })
+    }
+}
+
+fn has_cpuset(linux: Option<&Linux>) -> bool {
+    let resources = linux.and_then(|linux| linux.resources().as_ref());
+    let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+    let cpus = cpu.and_then(|cpu| cpu.cpus().as_ref());
+    cpus.is_some_and(|cpus| !cpus.is_empty())
+}
+
+impl CapabilityMasks {
+    /// Ambient capabilities that the kernel will refuse, since they are not both permitted and
+    /// inheritable: they are left out, and the caller is told.
+    pub fn warnings(&self) -> Vec<String> {
+        let lost = self.ambient & !(self.permitted & self.inheritable);
+        (0..64)
+            .filter(|number| lost & (1 << number) != 0)
+            .map(|number| {
+                let name = NAMES.get(number).map_or("unknown", |name| *name);
+                format!("can't raise ambient capability CAP_{name}: operation not permitted")
+            })
+            .collect()
     }
 }
 
@@ -187,6 +212,51 @@ fn masks(capabilities: &LinuxCapabilities) -> CapabilityMasks {
         ambient: mask(capabilities.ambient()),
     }
 }
+
+/// By number.
+const NAMES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
 
 /// include/uapi/linux/capability.h
 fn number(capability: Capability) -> u8 {
@@ -309,6 +379,27 @@ fn cpu_list(list: &str) -> Result<Vec<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn refused_ambient_capabilities_are_told() {
+        let masks = CapabilityMasks {
+            permitted: 0b10_0001,
+            inheritable: 0b10_0000,
+            ambient: 0b10_0001,
+            ..CapabilityMasks::default()
+        };
+        let told = "can't raise ambient capability CAP_CHOWN: operation not permitted";
+        assert_eq!(masks.warnings(), [told]);
+        let known: Vec<&str> = NAMES
+            .iter()
+            .copied()
+            .filter(|name| {
+                let capability: Capability = name.parse().unwrap();
+                NAMES[usize::from(number(capability))] == *name
+            })
+            .collect();
+        assert_eq!(known, NAMES);
+    }
 
     #[test]
     fn environment_last_value_wins() {

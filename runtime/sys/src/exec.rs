@@ -85,6 +85,30 @@ pub fn close_on_exec_from(first: RawFd) -> io::Result<()> {
     }
 }
 
+/// Closes every fd from `first` on but the `kept` ones, which are in ascending order.
+///
+/// For a process that is about to execute another program and touches none of its other fds again,
+/// whoever in it thinks to own them.
+///
+/// # Errors
+/// ENOSYS before Linux 5.9.
+pub fn close_all_but(first: RawFd, kept: &[RawFd]) -> io::Result<()> {
+    let mut from = i64::from(first);
+    let ends = kept.iter().map(|fd| i64::from(*fd) - 1);
+    for end in ends.chain([i64::from(u32::MAX)]) {
+        if end >= from {
+            // SAFETY: plain integers; by contract no owner of these fds uses them again.
+            let result =
+                unsafe { libc::syscall(libc::SYS_close_range, from as u32, end as u32, 0) };
+            if result == -1 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        from = from.max(end + 2);
+    }
+    Ok(())
+}
+
 /// Clears the close-on-exec flag of an fd that the caller of the program passed down by number.
 ///
 /// # Errors
