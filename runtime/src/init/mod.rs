@@ -14,7 +14,7 @@ pub mod rootfs;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use coracle_oci::spec::{Hook, LinuxNamespaceType};
+use coracle_oci::spec::{Hook, LinuxNamespaceType, PosixRlimitType};
 use coracle_oci::state::{State, Status};
 use coracle_sys::{clone, exec, network, process as sys};
 use rustix::fs::{Mode, OFlags};
@@ -133,9 +133,12 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     if process.needs_home {
         home = Some(program::home(process.uid));
     }
-    if !plan.namespaces.has_user() {
-        set_limits(None, &process.rlimits)?;
-    }
+    let limits = process.rlimits.iter().copied();
+    // In a user namespace all others are set by now, when they still could be raised.
+    let late = |limit: &(PosixRlimitType, u64, u64)| {
+        !plan.namespaces.has_user() || limit.0 == PosixRlimitType::RlimitNofile
+    };
+    set_limits(None, &limits.filter(late).collect::<Vec<_>>())?;
     // What a filter may refuse comes before it. All that is opened from here on closes by itself.
     identity::close_others(process)?;
     exec::reset_signals().map_err(|error| Error::system("sigaction", "", error))?;

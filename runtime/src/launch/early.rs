@@ -3,7 +3,9 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use coracle_oci::spec::LinuxNamespaceType;
 use coracle_sys::mount as sys;
+use rustix::fs::{Mode, OFlags};
 
 use super::idmap;
 use crate::error::{Error, Result};
@@ -22,7 +24,7 @@ pub fn trees(plan: &Plan, host: &HostFacts) -> Result<Vec<Option<OwnedFd>>> {
         .map(|step| match &step.kind {
             MountKind::Bind(source) if source.early => {
                 let tree = clone_tree(&source.path, source.recursive)?;
-                prepare(&tree, step, source.idmap.as_ref(), host).map(|()| Some(tree))
+                prepare(&tree, step, source.idmap.as_ref(), (plan, host)).map(|()| Some(tree))
             }
             _ => Ok(None),
         })
@@ -34,7 +36,7 @@ fn prepare(
     tree: &OwnedFd,
     step: &MountStep,
     idmap: Option<&IdMap>,
-    host: &HostFacts,
+    (plan, host): (&Plan, &HostFacts),
 ) -> Result<()> {
     // A clone made here is a peer of the host's mount: what is mounted below it in the container
     // would show up on the host.
@@ -42,13 +44,11 @@ fn prepare(
     set_attributes(tree.as_fd(), step.attributes, false)?;
     set_attributes(tree.as_fd(), step.recursive_attributes, true)?;
     let Some(idmap) = idmap else { return Ok(()) };
-    if idmap.uid_map.is_empty() || idmap.gid_map.is_empty() {
-        return Err(Error::unsupported(format!(
-            "mounts: {}: id mapping of a joined user namespace has to be given with the mount",
-            step.destination
-        )));
-    }
-    let namespace = idmap::namespace(&idmap.uid_map, &idmap.gid_map, host)?;
+    let namespace = if idmap.uid_map.is_empty() || idmap.gid_map.is_empty() {
+        joined_user_namespace(plan, step)?
+    } else {
+        idmap::namespace(&idmap.uid_map, &idmap.gid_map, host)?
+    };
     let attributes = sys::Attributes {
         idmap: Some(namespace.as_fd()),
         ..Default::default()
@@ -60,6 +60,20 @@ fn prepare(
             error,
         )
     })
+}
+
+/// The container's own mapping where it is not the config's but that of a namespace it joins.
+fn joined_user_namespace(plan: &Plan, step: &MountStep) -> Result<OwnedFd> {
+    let joins = &plan.namespaces.joins;
+    let join = joins
+        .iter()
+        .find(|join| join.kind == LinuxNamespaceType::User);
+    let join = join.ok_or_else(|| {
+        let place = &step.destination;
+        Error::invalid(format!("mounts: {place}: id-mapped mount without mappings"))
+    })?;
+    rustix::fs::open(&join.path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| Error::system("open namespace", join.path.to_string_lossy(), error))
 }
 
 /// The root, where the child could not reach its path.

@@ -341,7 +341,8 @@ fn start(
             setgroups: plan.namespaces.setgroups_allowed,
         };
         if !plan.namespaces.needs_stage() {
-            process::set_limits(Some(pid), &plan.process.rlimits)?;
+            let limits = process::with_room_for_files(&plan.process.rlimits);
+            process::set_limits(Some(pid), &limits)?;
         }
         idmap::write(pid, maps, &host)?;
         channel.proceed()?;

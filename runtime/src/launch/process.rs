@@ -71,6 +71,23 @@ pub fn set_limits(pid: Option<i32>, limits: &[(PosixRlimitType, u64, u64)]) -> R
     Ok(())
 }
 
+/// The limits as a user namespace is entered: files are not yet held down, since the mounts that
+/// the parent has opened need many. To lower a limit takes no right, so the program's init does.
+pub fn with_room_for_files(
+    limits: &[(PosixRlimitType, u64, u64)],
+) -> Vec<(PosixRlimitType, u64, u64)> {
+    let now = rustix::process::getrlimit(Resource::Nofile);
+    let (soft_now, hard_now) = (
+        now.current.unwrap_or(u64::MAX),
+        now.maximum.unwrap_or(u64::MAX),
+    );
+    let roomy = |(kind, soft, hard): (PosixRlimitType, u64, u64)| match kind {
+        PosixRlimitType::RlimitNofile => (kind, soft.max(soft_now), hard.max(hard_now)),
+        _ => (kind, soft, hard),
+    };
+    limits.iter().copied().map(roomy).collect()
+}
+
 fn resource(kind: PosixRlimitType) -> Resource {
     match kind {
         PosixRlimitType::RlimitCpu => Resource::Cpu,
@@ -117,6 +134,17 @@ pub fn set_oom_score_adj(pid: i32, adjustment: i32) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_are_never_held_down_early() {
+        let limits = [
+            (PosixRlimitType::RlimitNofile, 8, u64::MAX),
+            (PosixRlimitType::RlimitCore, 0, 0),
+        ];
+        let roomy = with_room_for_files(&limits);
+        assert!(roomy[0].1 > 8);
+        assert_eq!((roomy[0].2, roomy[1]), (u64::MAX, limits[1]));
+    }
 
     #[test]
     fn exit_code_follows_the_shell() {

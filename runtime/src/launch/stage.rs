@@ -39,7 +39,7 @@ pub fn run(plan: &Plan, channel: &Channel) -> Staged {
 }
 
 fn steps(plan: &Plan) -> Result<Side> {
-    process::set_limits(None, &plan.process.rlimits)?;
+    process::set_limits(None, &process::with_room_for_files(&plan.process.rlimits))?;
     let plan = &plan.namespaces;
     let mut opened: Vec<(&JoinStep, OwnedFd)> = Vec::with_capacity(plan.joins.len());
     for join in &plan.joins {
