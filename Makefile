@@ -19,7 +19,8 @@ TOOLS    := fixtures probe demo bench
 BIN_DIR  := $(abspath $(OUT))
 RUN_ENV  := CORACLE_CACHE="$(CORACLE_CACHE)" CORACLE_BIN_DIR="$(BIN_DIR)"
 
-.PHONY: help build tools run test bench check install clean deps
+.PHONY: help build tools run test bench check install clean deps \
+    check-format check-lints check-units check-architecture check-dependencies
 
 help:
 	@echo 'make build     release binaries in $(OUT)'
@@ -57,11 +58,22 @@ test: deps build tools
 bench: deps build tools
 	@$(RUN_ENV) $(OUT)/bench --out $(CARGO_TARGET_DIR)/bench $(BENCH_ARGS)
 
-check:
+# Apart, so that `make -k check` says all that is wrong at once.
+check: check-format check-lints check-units check-architecture check-dependencies
+
+check-format:
 	$(CARGO) fmt --all -- --check
+
+check-lints:
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+check-units:
 	$(CARGO) test --locked --workspace --exclude coracle-integration --no-fail-fast
+
+check-architecture:
 	$(CARGO) test --locked -p coracle-integration --lib --test architecture
+
+check-dependencies:
 	@CORACLE_CACHE="$(CORACLE_CACHE)" .ci/deny
 
 install: build
