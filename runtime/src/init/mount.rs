@@ -130,6 +130,22 @@ pub fn set_attributes(
     })
 }
 
+/// The attributes of a bind mount.
+pub fn set_step_attributes(mount: BorrowedFd<'_>, step: &MountStep) -> Result<()> {
+    let all = Attributes {
+        set: step.attributes.set,
+        clear: step.attributes.clear | step.implied_clear,
+    };
+    match set_attributes(mount, all, false) {
+        // The runtime itself is in a user namespace that holds the source's attributes locked.
+        Err(error) if error.errno() == Some(libc::EPERM) && step.implied_clear != 0 => {
+            set_attributes(mount, step.attributes, false)?;
+        }
+        set => set?,
+    }
+    set_attributes(mount, step.recursive_attributes, true)
+}
+
 /// Sets one propagation, given as MS_SHARED and so on with or without MS_REC.
 pub fn set_propagation(mount: BorrowedFd<'_>, propagation: u64) -> Result<()> {
     let wanted = sys::Attributes {
@@ -185,8 +201,7 @@ fn bind(root: &Root, step: &MountStep, source: &BindSource, early: Option<&Owned
                 Some(path) => clone_inside(root, path, source.recursive)?,
                 None => clone_tree(&source.path, source.recursive)?,
             };
-            set_attributes(made.as_fd(), step.attributes, false)?;
-            set_attributes(made.as_fd(), step.recursive_attributes, true)?;
+            set_step_attributes(made.as_fd(), step)?;
             &made
         }
     };

@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 use super::idmap;
 use crate::error::{Error, Result};
 use crate::host::HostFacts;
-use crate::init::mount::{clone_tree, set_attributes, set_propagation};
+use crate::init::mount::{clone_tree, set_propagation, set_step_attributes};
 use crate::plan::mounts::IdMap;
 use crate::plan::{MountKind, MountStep, Plan};
 
@@ -41,8 +41,7 @@ fn prepare(
     // A clone made here is a peer of the host's mount: what is mounted below it in the container
     // would show up on the host.
     set_propagation(tree.as_fd(), libc::MS_SLAVE | libc::MS_REC)?;
-    set_attributes(tree.as_fd(), step.attributes, false)?;
-    set_attributes(tree.as_fd(), step.recursive_attributes, true)?;
+    set_step_attributes(tree.as_fd(), step)?;
     let Some(idmap) = idmap else { return Ok(()) };
     let namespace = if idmap.uid_map.is_empty() || idmap.gid_map.is_empty() {
         joined_user_namespace(plan, step)?

@@ -409,6 +409,30 @@ mod tests {
     }
 
     #[test]
+    fn bind_with_attributes_names_all_of_them() {
+        use libc::{
+            MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW,
+        };
+        let rest = MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOSYMFOLLOW;
+        for (options, user, want) in [
+            (json!(["bind", "rprivate"]), false, 0),
+            (json!(["bind", "ro"]), false, rest | MOUNT_ATTR_NOSUID),
+            (json!(["bind", "rw", "nosuid"]), false, rest),
+            (json!(["bind", "ro"]), true, MOUNT_ATTR_NOSYMFOLLOW),
+        ] {
+            let plan = plan(0, |config| {
+                if user {
+                    user_namespace(config);
+                }
+                config["mounts"] = json!([{"destination": "/d", "type": "bind", "source": "/s",
+                    "options": options}]);
+            })
+            .unwrap();
+            assert_eq!(plan.mounts[0].implied_clear, want, "{options} {user}");
+        }
+    }
+
+    #[test]
     fn sources_and_targets_inside_the_root() {
         let plan = plan(0, |config| {
             user_namespace(config);

@@ -22,6 +22,9 @@ pub struct MountStep {
     pub kind: MountKind,
     pub attributes: Attributes,
     pub recursive_attributes: Attributes,
+    /// A bind mount that names any attribute names all: those that its source has beside are
+    /// cleared, unless they are locked.
+    pub implied_clear: u64,
     pub propagation: Vec<u64>,
     /// Becomes read-only once all is made: a /dev or a tmpfs that other mounts stand in.
     pub late_read_only: bool,
@@ -164,6 +167,10 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
     if matches!(kind, MountKind::Legacy { .. }) {
         attributes = Attributes::default();
     }
+    let implied_clear = match &kind {
+        MountKind::Bind(_) if !attributes.is_empty() => implied_clear(attributes, namespaces),
+        _ => 0,
+    };
     let filled = match &kind {
         MountKind::Fs(source) => source.fstype == c"tmpfs" || clean(mount.destination()) == "dev",
         _ => false,
@@ -178,9 +185,24 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
         kind,
         attributes,
         recursive_attributes: parsed.recursive_attributes,
+        implied_clear,
         propagation: parsed.propagation,
         late_read_only,
     })
+}
+
+/// As mount(2) with MS_REMOUNT|MS_BIND does it: all but the atime attributes, and in a user
+/// namespace all but those that it locks.
+fn implied_clear(attributes: Attributes, namespaces: &NamespacePlan) -> u64 {
+    let locked = libc::MOUNT_ATTR_RDONLY
+        | libc::MOUNT_ATTR_NOSUID
+        | libc::MOUNT_ATTR_NODEV
+        | libc::MOUNT_ATTR_NOEXEC;
+    let all = match namespaces.has_user() {
+        true => libc::MOUNT_ATTR_NOSYMFOLLOW,
+        false => locked | libc::MOUNT_ATTR_NOSYMFOLLOW,
+    };
+    all & !attributes.set & !attributes.clear
 }
 
 /// A path of the host that lies in the container's root, relative to that.
