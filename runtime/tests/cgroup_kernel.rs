@@ -343,6 +343,82 @@ fn v1_limits_reach_the_kernel() {
     assert_eq!(stats.cpuset.cpus, [0]);
 }
 
+/// youki's libcgroups reads the same files by code of its own: what both see has to agree.
+#[test]
+fn stats_agree_with_libcgroups() {
+    use libcgroups::common::CgroupManager as _;
+    if skipped("stats_agree_with_libcgroups") {
+        return;
+    }
+    if !matches!(cgroup::detect().unwrap(), CgroupMode::V1 { .. }) {
+        eprintln!("skipped: stats_agree_with_libcgroups: not a v1 host");
+        return;
+    }
+    let resources = json!({"memory": {"limit": 67_108_864}, "pids": {"limit": 77}});
+    let made = Made::new("oracle", &resources);
+    made.cgroup.apply_limits(&made.plan).unwrap();
+    let busy = Command::new("sh")
+        .args([
+            "-c",
+            "read go; i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; sleep 1000",
+        ])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut busy = Process(busy);
+    made.cgroup.join(busy.pid()).unwrap();
+    std::io::Write::write_all(busy.0.stdin.as_mut().unwrap(), b"go\n").unwrap();
+    // Long enough for the loop to show up; the tolerance below does not depend on it.
+    std::thread::sleep(Duration::from_millis(200));
+
+    let pids = made.v1_dir("pids").unwrap();
+    let mode = cgroup::detect().unwrap();
+    let CgroupMode::V1 { hierarchies, .. } = &mode else {
+        unreachable!()
+    };
+    let mountpoint = hierarchies
+        .iter()
+        .map(|hierarchy| &hierarchy.mountpoint)
+        .find(|mountpoint| pids.starts_with(mountpoint))
+        .unwrap();
+    let path = Path::new("/").join(pids.strip_prefix(mountpoint).unwrap());
+    let oracle = libcgroups::v1::manager::Manager::new(&path).unwrap();
+    let before = Stats::read(&made.cgroup).unwrap();
+    let theirs = oracle.stats().unwrap();
+    let after = Stats::read(&made.cgroup).unwrap();
+
+    let between = |low: u64, value: u64, high: u64, what: &str| {
+        assert!(
+            low <= value && value <= high,
+            "{what}: {low} {value} {high}"
+        );
+    };
+    between(
+        before.cpu.usage.total,
+        theirs.cpu.usage.usage_total,
+        after.cpu.usage.total,
+        "cpu",
+    );
+    assert!(theirs.cpu.usage.usage_total > 0);
+    assert_eq!(before.pids.current, theirs.pids.current);
+    assert_eq!(before.pids.limit, theirs.pids.limit);
+    assert_eq!(theirs.pids.limit, 77);
+    // Per-processor batches of charges are in flight.
+    let slack = 4 << 20;
+    between(
+        before.memory.usage.usage.saturating_sub(slack),
+        theirs.memory.memory.usage,
+        after.memory.usage.usage + slack,
+        "memory",
+    );
+    assert_eq!(before.memory.usage.limit, theirs.memory.memory.limit);
+    assert_eq!(before.memory.usage.failcnt, theirs.memory.memory.fail_count);
+    assert_eq!(
+        before.cpu.throttling.throttled_periods,
+        theirs.cpu.throttling.throttled_periods
+    );
+}
+
 #[test]
 fn refused_value_names_field_and_file() {
     if skipped("refused_value_names_field_and_file") {
