@@ -25,7 +25,7 @@ RUN_ENV  := CORACLE_CACHE="$(CORACLE_CACHE)" CORACLE_BIN_DIR="$(BIN_DIR)"
 help:
 	@echo 'make build     release binaries in $(OUT)'
 	@echo 'make run       a pod from a loopback registry, end to end (ONCE=1: then stop)'
-	@echo 'make test      the end-to-end tests, as root'
+	@echo 'make test      the end-to-end tests, as root; TEST=name: those whose name holds it'
 	@echo 'make bench     measurements against runc, crun and containerd, in $(CARGO_TARGET_DIR)/bench'
 	@echo 'make check     format, lints, unit tests, architecture, licences'
 	@echo 'make install   binaries and systemd unit under DESTDIR and PREFIX'
@@ -53,7 +53,7 @@ run: deps build tools
 # One test at a time: they share the machine's network, cgroups and mount table.
 test: deps build tools
 	$(RUN_ENV) CORACLE_FIXTURES="$$($(RUN_ENV) $(OUT)/fixtures storage)" RUST_LIB_BACKTRACE=0 \
-	    $(CARGO) test --locked -p coracle-integration --no-fail-fast -- --test-threads=1
+	    $(CARGO) test --locked -p coracle-integration --no-fail-fast -- --test-threads=1 $(TEST)
 
 bench: deps build tools
 	@$(RUN_ENV) $(OUT)/bench --out $(CARGO_TARGET_DIR)/bench $(BENCH_ARGS)
