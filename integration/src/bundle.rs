@@ -73,7 +73,7 @@ impl Bench {
     pub fn bundle(&self, name: &str, config: &Config) -> Result<PathBuf> {
         let bundle = self.dir.join(name);
         let rootfs = bundle.join("rootfs");
-        for dir in ["bin", "dev", "etc", "proc", "sys", "tmp", "work"] {
+        for dir in ["bin", "dev", "etc", "proc", "sys", "tmp", "app"] {
             std::fs::create_dir_all(rootfs.join(dir))?;
         }
         let probe = rootfs.join("bin/probe");

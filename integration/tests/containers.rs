@@ -203,7 +203,7 @@ fn default_seccomp_refuses_unshare_user() -> Result<()> {
     let text = json!({"defaultAction": "SCMP_ACT_ALLOW",
         "syscalls": [{"names": ["chmod", "fchmod", "fchmodat"], "action": "SCMP_ACT_ERRNO"}]});
     std::fs::write(&profile, text.to_string())?;
-    let config = container("local", TOOLS, &["chmod", "700", "/work"]).set(
+    let config = container("local", TOOLS, &["chmod", "700", "/app"]).set(
         "/linux/security_context/seccomp",
         json!({"profile_type": 2, "localhost_ref": profile}),
     );
@@ -269,7 +269,7 @@ fn env_cwd_command_and_args_follow_the_image_unless_given() -> Result<()> {
         json!([{"key": "OVERRIDDEN", "value": "pod"}, {"key": "NEW", "value": "new"}]),
     );
     let (_, output) = world.run_to_end(&pod, &config)?;
-    ensure!(output == "/work\nimage pod new\n", "{output}");
+    ensure!(output == "/app\nimage pod new\n", "{output}");
     let config = container("cwd", TOOLS, &["pwd"]).set("/working_dir", "/made/on/demand");
     let (_, output) = world.run_to_end(&pod, &config)?;
     ensure!(output == "/made/on/demand\n", "{output}");
@@ -332,7 +332,7 @@ fn stats_count_what_the_container_uses() -> Result<()> {
     let mut world = World::start()?;
     world.pull(TOOLS)?;
     let pod = world.pod("stats")?;
-    let script = "dd if=/dev/zero of=/work/file bs=1M count=5 2>/dev/null; exec probe eat 20";
+    let script = "dd if=/dev/zero of=/app/file bs=1M count=5 2>/dev/null; exec probe eat 20";
     let id = world.tools(&pod, "c", &["sh", "-c", script])?;
     world.wait_log(&id, "ate 20 MiB")?;
     let stats = world.crictl.json(&["stats", "-o", "json", &id])?;

@@ -276,10 +276,10 @@ fn exec_runs_inside_with_its_own_exit_code() -> Result<()> {
         .display()
         .to_string();
     coracle.detached(&["run", "-d", "-b", &bundle, "c"], &bench.dir.join("log"))?;
-    let shown = coracle.run(&["exec", "--cwd", "/work", "-e", "A=b", "c", "/bin/probe"])?;
+    let shown = coracle.run(&["exec", "--cwd", "/app", "-e", "A=b", "c", "/bin/probe"])?;
     let shown: serde_json::Value = serde_json::from_str(&shown)?;
     ensure!(
-        shown["cwd"] == "/work" && shown["env"]["A"] == "b",
+        shown["cwd"] == "/app" && shown["env"]["A"] == "b",
         "{shown:#}"
     );
     ensure!(shown["hostname"] == "runtime-test", "{shown:#}");
@@ -506,7 +506,7 @@ fn bind_mount_shared_carries_mounts_out_and_slave_does_not() -> Result<()> {
         nix::mount::mount(none, &shared, none, nix::mount::MsFlags::MS_SHARED, none)?;
         let all = json!(["CAP_SYS_ADMIN"]);
         let config = bench
-            .config("c", &["bind", "/bin", "/work/sub"])
+            .config("c", &["bind", "/bin", "/app/sub"])
             .set("/linux/rootfsPropagation", propagation)
             .set(
                 "/process/capabilities",
@@ -514,7 +514,7 @@ fn bind_mount_shared_carries_mounts_out_and_slave_does_not() -> Result<()> {
             )
             .push(
                 "/mounts",
-                json!({"destination": "/work", "type": "bind", "source": shared,
+                json!({"destination": "/app", "type": "bind", "source": shared,
                        "options": ["rbind", propagation]}),
             );
         let bundle = bench.bundle("b", &config)?.display().to_string();

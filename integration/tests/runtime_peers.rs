@@ -121,7 +121,7 @@ fn cases(bench: &Bench) -> Vec<(&'static str, Config)> {
             ),
         ),
         ("umask", base().set("/process/user/umask", 0o027)),
-        ("cwd", base().set("/process/cwd", "/work")),
+        ("cwd", base().set("/process/cwd", "/app")),
         (
             "new privileges",
             base().set("/process/noNewPrivileges", false),
@@ -186,7 +186,7 @@ fn cases(bench: &Bench) -> Vec<(&'static str, Config)> {
                 )
                 .push(
                     "/mounts",
-                    json!({"destination": "/work", "type": "bind", "source": "/etc",
+                    json!({"destination": "/app", "type": "bind", "source": "/etc",
                       "options": ["rbind", "ro", "nosuid"]}),
                 ),
         ),

@@ -459,13 +459,13 @@ fn ours(layout: &mut Layout, from: &Ingredients, base: &Layer) -> Result<()> {
         .text("/etc/from-image", 0o644, "image\n")
         .text("/data/seed", 0o640, "seed\n")
         .owned("/data/seed", 1234, 1235)
-        .dir("/work", 0o777);
+        .dir("/app", 0o777);
     let tools = layout.layer(&tools, Compression::Gzip)?;
     let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let config = || Config {
         cmd: vec!["probe", "serve", "8080"],
         env: vec![path, "FROM_IMAGE=image", "OVERRIDDEN=image"],
-        working_dir: "/work",
+        working_dir: "/app",
         labels: vec![("org.coracle.fixture", "tools")],
         ..Config::default()
     };
