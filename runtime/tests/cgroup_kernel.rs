@@ -270,18 +270,12 @@ fn delete_waits_for_the_dying_and_removes_those_below() {
         }
     }
     // 64 MiB of memory take a while to give back.
-    let script = "exec tail -c 67108864 /dev/zero | sleep 1000";
-    let child = Command::new("sh")
-        .args(["-c", script])
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    let process = Process(child);
-    made.cgroup.join(process.pid()).unwrap();
+    let process = gated("tail -c 67108864 /dev/zero | sleep 1000", &made.cgroup);
     std::thread::sleep(Duration::from_millis(20));
     made.cgroup.kill_all().unwrap();
     made.cgroup.delete().unwrap();
     assert!(dirs(&made.cgroup.record()).iter().all(|dir| !dir.exists()));
+    drop(process);
 }
 
 #[test]
