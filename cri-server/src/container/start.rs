@@ -28,8 +28,7 @@ impl Daemon {
         require_ready(&sandbox)?;
         container.change(&self.records, |live| live.state = ContainerState::Starting)?;
         match self.run_task(&sandbox, container).await {
-            Ok((shim, pid)) => {
-                let started_at_ns = now_ns();
+            Ok((shim, pid, started_at_ns)) => {
                 container.change(&self.records, |live| {
                     live.state = ContainerState::Running { pid, started_at_ns };
                 })?;
@@ -47,20 +46,23 @@ impl Daemon {
         }
     }
 
+    /// The shim, the process, and when it was told to go: a process that ends at once may have
+    /// ended before the answer is here, and must not seem to have started after that.
     async fn run_task(
         &self,
         sandbox: &Sandbox,
         container: &Container,
-    ) -> Result<(ShimClient, u32)> {
+    ) -> Result<(ShimClient, u32, i64)> {
         let shim = self.shim(sandbox).await?;
         let task = self.new_task(sandbox, &container.fixed)?;
         let id = container.id();
         let started = async {
             shim.create(&task).await?;
-            shim.start(id, "").await
+            let at_ns = now_ns();
+            shim.start(id, "").await.map(|pid| (pid, at_ns))
         };
         match started.await {
-            Ok(pid) => Ok((shim, pid)),
+            Ok((pid, at_ns)) => Ok((shim, pid, at_ns)),
             Err(error) => {
                 self.abandon_task(sandbox, &shim, &container.fixed).await;
                 Err(error.into())

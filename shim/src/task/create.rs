@@ -457,6 +457,8 @@ impl Supervisor {
         if let Some(task) = self.tasks.get_mut(&id.task) {
             let pid = task.init.state.pid();
             task.init.state = State::Starting { pid, early: None };
+            // Not when the runtime says so: a short process has ended by then.
+            task.init.started_nanos = now_nanos();
         }
     }
 
@@ -476,7 +478,6 @@ impl Supervisor {
         match result {
             Ok(()) => {
                 task.init.state = State::Running { pid };
-                task.init.started_nanos = now_nanos();
                 let event = ev::TaskStart {
                     container_id: id.task.clone(),
                     pid: pid as u32,
@@ -488,6 +489,7 @@ impl Supervisor {
             }
             Err(text) => {
                 task.init.state = State::Created { pid: Some(pid) };
+                task.init.started_nanos = 0;
                 let error = Error::new(Kind::Runtime, "OCI runtime start failed", "").source(text);
                 self.tell(reply, Err(error));
             }
