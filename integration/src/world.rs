@@ -45,18 +45,25 @@ impl World {
         let mark = unique_mark();
         let dir = std::env::temp_dir().join(&mark);
         std::fs::create_dir_all(dir.join("logs"))?;
-        let registry = Registry::start(&dir)?;
+        Self::start_in(isolation, &mark, &dir, extra).inspect_err(|_| {
+            leak::sweep(&mark, &dir);
+            let _ = std::fs::remove_dir_all(&dir);
+        })
+    }
+
+    fn start_in(isolation: Isolation, mark: &str, dir: &Path, extra: &str) -> Result<Self> {
+        let registry = Registry::start(dir)?;
         let certs = dir.join("certs.d");
         registry::write_hosts(&certs, registry.address())?;
-        let before = Snapshot::take(&mark)?;
-        let mut daemon = Daemon::configure(&dir, &certs, extra)?;
-        let crictl = Crictl::new(&dir, &daemon.socket())?;
+        let before = Snapshot::take(mark)?;
+        let mut daemon = Daemon::configure(dir, &certs, extra)?;
+        let crictl = Crictl::new(dir, &daemon.socket())?;
         daemon.start()?;
         Ok(Self {
             crictl,
             daemon,
-            dir,
-            mark,
+            dir: dir.to_owned(),
+            mark: mark.to_owned(),
             registry,
             ids: Vec::new(),
             count: 0,
