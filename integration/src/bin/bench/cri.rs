@@ -15,6 +15,9 @@ mod v1 {
 use v1::image_service_client::ImageServiceClient;
 use v1::runtime_service_client::RuntimeServiceClient;
 
+/// Parent cgroup of every pod.
+pub const PARENT_CGROUP: &str = "coracle-bench";
+
 const DEADLINE: Duration = Duration::from_secs(120);
 
 /// Where the pods of a comparison live.
@@ -187,7 +190,7 @@ fn sandbox_config(name: &str, namespaces: v1::NamespaceOption) -> v1::PodSandbox
         }),
         log_directory: String::new(),
         linux: Some(v1::LinuxPodSandboxConfig {
-            cgroup_parent: "/coracle-bench".to_owned(),
+            cgroup_parent: format!("/{PARENT_CGROUP}"),
             security_context: Some(v1::LinuxSandboxSecurityContext {
                 namespace_options: Some(namespaces),
                 ..Default::default()

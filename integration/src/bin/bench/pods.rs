@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::cri::{Client, Net, Start};
+use coracle_integration::leak;
+
+use crate::cri::{Client, Net, PARENT_CGROUP, Start};
 use crate::runtime::{our, which};
 use crate::series::{Comparison, Series};
 
@@ -82,6 +84,8 @@ pub fn compare(rounds: usize) -> Result<Vec<Comparison>> {
 /// The part that runs inside: prints its comparisons as JSON.
 pub fn inner(rounds: usize, storage: &str) -> Result<()> {
     let dir = tempfile::Builder::new().prefix("coracle-bench").tempdir()?;
+    // Gone last: after the daemons, which are declared after it.
+    let _parent = ParentCgroup;
     let (registry, _registry) = registry(dir.path(), storage)?;
     let image = format!("{registry}/coracle/tools:latest");
     let pause = format!("{registry}/pause:3.9");
@@ -104,6 +108,20 @@ pub fn inner(rounds: usize, storage: &str) -> Result<()> {
     }
     println!("{}", serde_json::to_string(&comparisons)?);
     Ok(())
+}
+
+/// The pods' parent cgroup is the client's to make and to remove, as the kubelet does.
+struct ParentCgroup;
+
+impl Drop for ParentCgroup {
+    fn drop(&mut self) {
+        // Children come after their parents in the list.
+        for dir in leak::cgroups(PARENT_CGROUP).into_iter().rev() {
+            if let Err(error) = fs::remove_dir(&dir) {
+                eprintln!("{}: {error}", dir.display());
+            }
+        }
+    }
 }
 
 /// One way to start pods: the whole, and each call on its own.
