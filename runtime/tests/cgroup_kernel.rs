@@ -22,10 +22,16 @@ use serde_json::{Value, json};
 /// Set in the private view.
 const V2_VIEW: &str = "CORACLE_TEST_V2_VIEW";
 
+/// Past libtest's capture, in the form that .ci/totals counts.
+fn say_skipped(why: &str) {
+    use std::io::Write as _;
+    let _ = write!(std::io::stdout(), "\nSKIP {why}\n");
+}
+
 fn skipped(test: &str) -> bool {
     let skip = !rustix::process::geteuid().is_root();
     if skip {
-        eprintln!("skipped: {test}: needs root");
+        say_skipped(&format!("{test}: needs root"));
     }
     skip
 }
@@ -284,7 +290,7 @@ fn v1_limits_reach_the_kernel() {
         return;
     }
     if !matches!(cgroup::detect().unwrap(), CgroupMode::V1 { .. }) {
-        eprintln!("skipped: v1_limits_reach_the_kernel: not a v1 host");
+        say_skipped("v1_limits_reach_the_kernel: not a v1 host");
         return;
     }
     let resources = json!({
@@ -345,7 +351,7 @@ fn stats_agree_with_libcgroups() {
         return;
     }
     if !matches!(cgroup::detect().unwrap(), CgroupMode::V1 { .. }) {
-        eprintln!("skipped: stats_agree_with_libcgroups: not a v1 host");
+        say_skipped("stats_agree_with_libcgroups: not a v1 host");
         return;
     }
     let resources = json!({"memory": {"limit": 67_108_864}, "pids": {"limit": 77}});
@@ -419,7 +425,7 @@ fn refused_value_names_field_and_file() {
         return;
     }
     if !matches!(cgroup::detect().unwrap(), CgroupMode::V1 { .. }) {
-        eprintln!("skipped: refused_value_names_field_and_file: not a v1 host");
+        say_skipped("refused_value_names_field_and_file: not a v1 host");
         return;
     }
     let made = Made::new("refused", &json!({"cpu": {"period": 1}}));
@@ -446,7 +452,7 @@ fn oom_kill_is_seen() {
         return;
     }
     if !matches!(cgroup::detect().unwrap(), CgroupMode::V1 { .. }) {
-        eprintln!("skipped: oom_kill_is_seen: no memory controller in this view");
+        say_skipped("oom_kill_is_seen: no memory controller in this view");
         return;
     }
     let made = Made::new(
@@ -474,7 +480,7 @@ fn v2_device_filter_denies() {
         return;
     }
     if !matches!(cgroup::detect().unwrap(), CgroupMode::V2 { .. }) {
-        eprintln!("skipped: v2_device_filter_denies: runs in the v2 view");
+        say_skipped("v2_device_filter_denies: runs in the v2 view");
         return;
     }
     let rules = json!({"devices": [{"allow": false, "access": "rwm"}]});

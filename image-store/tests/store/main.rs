@@ -1,5 +1,5 @@
 //! The store against real and hostile registries. Needs root (device nodes, trusted.* xattrs); what
-//! a missing tool keeps from running prints `SKIPPED <test>: <why>` so that skips can be counted.
+//! a missing tool keeps from running prints `SKIP <test>: <why>` so that skips can be counted.
 
 mod faults;
 mod fixture;

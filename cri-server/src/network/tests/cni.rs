@@ -13,7 +13,7 @@ const PLUGINS: &str = "/usr/lib/cni";
 fn have_plugins() -> bool {
     let have = Path::new(PLUGINS).join("bridge").exists();
     if !have {
-        println!("skipped: no CNI plugins in {PLUGINS}");
+        say_skipped(&format!("no CNI plugins in {PLUGINS}"));
     }
     have
 }
