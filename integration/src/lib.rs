@@ -11,6 +11,7 @@
 //! world      all of it for one test, and the check that nothing was left behind
 //! leak       what a machine holds: mounts, links, rules, cgroups, processes, files
 //! bundle     OCI bundles for tests of the runtime's command line
+//! vm         a guest with cgroup v2, systemd, AppArmor and CRIU
 //! ```
 #![forbid(unsafe_code)]
 
@@ -22,6 +23,7 @@ pub mod isolation;
 pub mod leak;
 pub mod process;
 pub mod registry;
+pub mod vm;
 pub mod world;
 
 use std::io::Write as _;
