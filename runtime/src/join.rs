@@ -91,6 +91,7 @@ pub fn join(request: Request<'_>) -> Result<Joined> {
         channel: &channel,
         seccomp: plan.seccomp.as_ref(),
         hooks: None,
+        sources: None,
         state: &state,
         console: request.console,
         master: None,

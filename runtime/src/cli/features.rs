@@ -13,7 +13,6 @@ use crate::seccomp;
 
 /// The recognised mount options; file systems' own options are passed on and not listed.
 const MOUNT_OPTIONS: &[&str] = &[
-    "acl",
     "async",
     "atime",
     "bind",
@@ -27,7 +26,6 @@ const MOUNT_OPTIONS: &[&str] = &[
     "lazytime",
     "loud",
     "mand",
-    "noacl",
     "noatime",
     "nodev",
     "nodiratime",

@@ -3,6 +3,7 @@
 //! Runs in a copy of the parent's memory: the plan is read where the parent built it. One thread,
 //! no locks, no look-ups but of the container's files. Every failure goes to the parent as text.
 
+pub mod bind;
 pub mod copy_up;
 pub mod device;
 pub mod identity;
@@ -30,6 +31,7 @@ use crate::launch::process::set_limits;
 use crate::plan::namespaces::JoinStep;
 use crate::plan::{NamespacePlan, Plan, ProcessPlan};
 
+use bind::Parent;
 use identity::LabelFiles;
 use resolve::Root;
 
@@ -39,9 +41,6 @@ pub struct Inheritance<'a> {
     pub plan: &'a Plan,
     pub state: &'a State,
     pub channel: &'a Channel,
-    /// One place for each mount step: the trees that only the parent could clone.
-    pub early: &'a [Option<OwnedFd>],
-    pub early_root: Option<OwnedFd>,
     /// Read side of `start`: see `crate::launch::gate`.
     pub gate: Option<&'a OwnedFd>,
     /// A stage has joined the namespaces before this child was cloned.
@@ -104,9 +103,13 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
 
     // The runtime's umask must not cut the modes of what is made for the container.
     rustix::process::umask(Mode::empty());
-    let root = rootfs::attach_root(&plan.rootfs, child.early_root.take())?;
-    for (step, early) in plan.mounts.iter().zip(child.early) {
-        mount::apply(&root, step, early.as_ref())?;
+    let parent = Parent {
+        channel: child.channel,
+        opens: plan.may_ask,
+    };
+    let root = rootfs::attach_root(&plan.rootfs, parent)?;
+    for (index, step) in plan.mounts.iter().enumerate() {
+        mount::apply(&root, step, (index, parent))?;
     }
     // The parent has written the limits: v1 device rules deny everything for a moment, and no
     // node can be made then.

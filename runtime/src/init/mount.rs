@@ -12,19 +12,18 @@ use rustix::mount::{
     fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
 };
 
+use super::bind::{self, Parent};
 use super::copy_up;
 use super::resolve::{Root, TargetType, at};
 use crate::error::{Error, Result};
-use crate::plan::mounts::{
-    BindSource, FsSource, V1Hierarchy, may_be_inside_proc, not_of_type_proc,
-};
+use crate::plan::mounts::{FsSource, V1Hierarchy, may_be_inside_proc};
 use crate::plan::options::Attributes;
 use crate::plan::{MountKind, MountStep};
 
-const PROC_SUPER_MAGIC: u64 = 0x9fa0;
+pub const PROC_SUPER_MAGIC: u64 = 0x9fa0;
 
-/// Makes one mount. `early` is the tree that the parent has cloned for it, if it had to.
-pub fn apply(root: &Root, step: &MountStep, early: Option<&OwnedFd>) -> Result<()> {
+/// Makes the mount of the plan's step number `index`.
+pub fn apply(root: &Root, step: &MountStep, at: (usize, Parent<'_>)) -> Result<()> {
     let wrap = |error: Error| {
         error.context(format!(
             "error mounting {:?} to rootfs at {:?}",
@@ -33,7 +32,7 @@ pub fn apply(root: &Root, step: &MountStep, early: Option<&OwnedFd>) -> Result<(
         ))
     };
     match &step.kind {
-        MountKind::Bind(source) => bind(root, step, source, early),
+        MountKind::Bind(source) => bind::apply(root, step, source, at),
         MountKind::Fs(source) => filesystem(root, step, source),
         MountKind::Legacy {
             fstype,
@@ -130,22 +129,6 @@ pub fn set_attributes(
     })
 }
 
-/// The attributes of a bind mount.
-pub fn set_step_attributes(mount: BorrowedFd<'_>, step: &MountStep) -> Result<()> {
-    let all = Attributes {
-        set: step.attributes.set,
-        clear: step.attributes.clear | step.implied_clear,
-    };
-    match set_attributes(mount, all, false) {
-        // The runtime itself is in a user namespace that holds the source's attributes locked.
-        Err(error) if error.errno() == Some(libc::EPERM) && step.implied_clear != 0 => {
-            set_attributes(mount, step.attributes, false)?;
-        }
-        set => set?,
-    }
-    set_attributes(mount, step.recursive_attributes, true)
-}
-
 /// Sets one propagation, given as MS_SHARED and so on with or without MS_REC.
 pub fn set_propagation(mount: BorrowedFd<'_>, propagation: u64) -> Result<()> {
     let wanted = sys::Attributes {
@@ -161,7 +144,7 @@ pub fn set_propagation(mount: BorrowedFd<'_>, propagation: u64) -> Result<()> {
     })
 }
 
-fn finish(mount: &OwnedFd, target: &OwnedFd, step: &MountStep) -> Result<()> {
+pub fn finish(mount: &OwnedFd, target: &OwnedFd, step: &MountStep) -> Result<()> {
     attach(mount.as_fd(), target.as_fd()).map_err(|error| at("move_mount", &step.target, error))?;
     for propagation in &step.propagation {
         set_propagation(mount.as_fd(), *propagation)?;
@@ -171,7 +154,7 @@ fn finish(mount: &OwnedFd, target: &OwnedFd, step: &MountStep) -> Result<()> {
 
 /// A target on a procfs could be any of its files by way of a symlink of the image: only the
 /// targets that the plan has checked by name may be there.
-fn refuse_proc(target: &OwnedFd, step: &MountStep) -> Result<()> {
+pub fn refuse_proc(target: &OwnedFd, step: &MountStep) -> Result<()> {
     if may_be_inside_proc(step) {
         return Ok(());
     }
@@ -183,42 +166,6 @@ fn refuse_proc(target: &OwnedFd, step: &MountStep) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-fn clone_inside(root: &Root, path: &CStr, recursive: bool) -> Result<OwnedFd> {
-    let found = root
-        .find(path)
-        .map_err(|error| at("openat2", path, error))?;
-    clone_handle(found.as_fd(), recursive).map_err(|error| at("open_tree", path, error))
-}
-
-fn bind(root: &Root, step: &MountStep, source: &BindSource, early: Option<&OwnedFd>) -> Result<()> {
-    let made;
-    let tree = match early {
-        Some(tree) => tree,
-        None => {
-            made = match &source.inside {
-                Some(path) => clone_inside(root, path, source.recursive)?,
-                None => clone_tree(&source.path, source.recursive)?,
-            };
-            set_step_attributes(made.as_fd(), step)?;
-            &made
-        }
-    };
-    if crate::plan::mounts::is_proc(step) {
-        let stat = rustix::fs::fstatfs(tree).map_err(|error| at("fstatfs", &source.path, error))?;
-        if stat.f_type as u64 != PROC_SUPER_MAGIC {
-            return Err(not_of_type_proc(&step.destination));
-        }
-    }
-    let stat = rustix::fs::fstat(tree).map_err(|error| at("fstat", &source.path, error))?;
-    let want = match FileType::from_raw_mode(stat.st_mode) {
-        FileType::Directory => TargetType::Directory,
-        _ => TargetType::File,
-    };
-    let target = root.mount_target(&step.target, want)?;
-    refuse_proc(&target, step)?;
-    finish(tree, &target, step)
 }
 
 /// A mount of a filesystem with its options, not attached anywhere yet.

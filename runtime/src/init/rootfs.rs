@@ -15,6 +15,7 @@ use rustix::mount::{
     MountPropagationFlags, MoveMountFlags, UnmountFlags, mount_change, move_mount, unmount,
 };
 
+use super::bind::Parent;
 use super::device::null_mount;
 use super::mount::{attach, clone_handle, clone_tree, detached, set_attributes, set_propagation};
 use super::resolve::{Root, at};
@@ -27,9 +28,8 @@ const READ_ONLY: Attributes = Attributes {
     clear: 0,
 };
 
-/// Attaches the root in the new mount namespace. `early` is the tree that the parent has cloned
-/// because the child may not reach the path in its user namespace.
-pub fn attach_root(plan: &RootfsPlan, early: Option<OwnedFd>) -> Result<Root> {
+/// Attaches the root in the new mount namespace.
+pub fn attach_root(plan: &RootfsPlan, parent: Parent<'_>) -> Result<Root> {
     let change = MountPropagationFlags::from_bits_retain(plan.initial_propagation as u32);
     mount_change(c"/", change).map_err(|error| {
         Error::system(
@@ -41,15 +41,21 @@ pub fn attach_root(plan: &RootfsPlan, early: Option<OwnedFd>) -> Result<Root> {
     if plan.initial_propagation & libc::MS_SHARED != 0 {
         privatise_parent(&plan.c_path)?;
     }
-    let (tree, place) = match early {
-        // Any place will do until pivot_root, and "/" can always be reached.
-        Some(tree) => (tree, c"/"),
-        None => (clone_tree(&plan.c_path, true)?, plan.c_path.as_c_str()),
+    let tree = match clone_tree(&plan.c_path, true) {
+        Err(error) if error.errno() == Some(libc::EACCES) && parent.opens => {
+            parent.channel.report_unreachable(None)?;
+            let (tree, place) = (parent.channel.tree()?, parent.channel.tree()?);
+            attach(tree.as_fd(), place.as_fd()).map(|()| tree)
+        }
+        tree => {
+            let tree = tree?;
+            let flags =
+                MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
+            move_mount(tree.as_fd(), c"", CWD, &plan.c_path, flags).map(|()| tree)
+        }
     };
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
-    move_mount(tree.as_fd(), c"", CWD, place, flags)
-        .map_err(|error| Error::system("move_mount", plan.path.display().to_string(), error))?;
-    Ok(Root::new(tree))
+    tree.map(Root::new)
+        .map_err(|error| Error::system("move_mount", plan.path.display().to_string(), error))
 }
 
 /// pivot_root(2) refuses a shared parent mount, and the root must not show up on the host: walks

@@ -3,6 +3,8 @@
 //! ```text
 //! parent --Continue-> child       the id maps are written (user namespaces only)
 //! parent --Continue-> child       the limits are written
+//! parent <--Mount--- child        map the ids of this tree, then Served
+//! parent <-Unreachable- child     open a mount's source, then Tree
 //! parent <--Hooks--- child        the mounts stand: prestart and createRuntime now, then Continue
 //! parent <--Built--- child        the root is entered; the record is written while the child
 //!                                 takes on its identity
@@ -14,10 +16,12 @@
 //! SOCK_SEQPACKET keeps the messages apart; plain read and write keep them within what the
 //! tightest seccomp profile allows, since the last ones pass after the filter is on.
 
+use std::cell::Cell;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -37,6 +41,17 @@ pub enum Report {
     /// Only `start` is missing.
     Ready,
     Hooks,
+    /// The tree of a mount step, whose ids are to be mapped.
+    Mount(usize, OwnedFd),
+    /// A mount step whose source only the parent reaches, or the root, and the namespace to open
+    /// it in.
+    Unreachable(Option<usize>, OwnedFd),
+    /// The parent's: go on.
+    Continue,
+    /// The parent's: a request is served.
+    Served,
+    /// What was opened for one that could not.
+    Tree(OwnedFd),
     /// The stage's child: its pid as the stage sees it, and a pidfd.
     Cloned(i32, OwnedFd),
     /// The master of the container's terminal.
@@ -52,6 +67,8 @@ pub enum Report {
 #[derive(Debug)]
 pub struct Channel {
     socket: OwnedFd,
+    /// Child: words to go on that came before an answer.
+    ahead: Cell<u32>,
 }
 
 impl Channel {
@@ -67,7 +84,11 @@ impl Channel {
             None,
         )
         .map_err(|error| Error::system("socketpair", "", error))?;
-        Ok((Self { socket: a }, Self { socket: b }))
+        let end = |socket| Self {
+            socket,
+            ahead: Cell::new(0),
+        };
+        Ok((end(a), end(b)))
     }
 
     pub fn as_fd(&self) -> BorrowedFd<'_> {
@@ -130,6 +151,31 @@ impl Channel {
         self.send_fd(b'P', &pid.to_ne_bytes(), pidfd)
     }
 
+    /// Child: a tree whose ids are to be mapped.
+    pub fn report_mount(&self, index: usize, tree: BorrowedFd<'_>) -> Result<()> {
+        self.send_fd(b'M', &(index as u64).to_ne_bytes(), tree)
+    }
+
+    /// Child: the source of a step, or the root, is to be opened in its mount namespace.
+    pub fn report_unreachable(&self, index: Option<usize>) -> Result<()> {
+        let path = c"/proc/self/ns/mnt";
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let namespace = rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|error| Error::system("open", "/proc/self/ns/mnt", error))?;
+        let index = index.map_or(u64::MAX, |index| index as u64);
+        self.send_fd(b'N', &index.to_ne_bytes(), namespace.as_fd())
+    }
+
+    /// Parent: the ids are mapped.
+    pub fn answer_served(&self) -> Result<()> {
+        self.send(b'S', &[])
+    }
+
+    /// Parent: what it has opened.
+    pub fn answer_tree(&self, tree: BorrowedFd<'_>) -> Result<()> {
+        self.send_fd(b'F', &[], tree)
+    }
+
     /// Child: the terminal it has opened.
     pub fn report_console(&self, master: BorrowedFd<'_>) -> Result<()> {
         self.send_fd(b'T', &[], master)
@@ -150,15 +196,42 @@ impl Channel {
 
     /// Child: waits for [`Channel::proceed`]; an error when the parent is gone.
     pub fn wait(&self) -> Result<()> {
+        if self.ahead.get() > 0 {
+            self.ahead.set(self.ahead.get() - 1);
+            return Ok(());
+        }
         let mut byte = [0u8; 1];
         match rustix::io::retry_on_intr(|| rustix::io::read(&self.socket, &mut byte)) {
             Ok(1) => Ok(()),
-            Ok(_) => Err(Error::new(
-                Kind::Internal,
-                "the runtime ended during the start",
-                "",
-            )),
+            Ok(_) => Err(parent_is_gone()),
             Err(error) => Err(Error::system("read", "the start channel", error)),
+        }
+    }
+
+    /// Child: the parent's answer to a request, past what it said before it had heard that.
+    fn answer(&self) -> Result<Report> {
+        loop {
+            match self.next()? {
+                Report::Continue => self.ahead.set(self.ahead.get() + 1),
+                Report::Closed => return Err(parent_is_gone()),
+                answer => return Ok(answer),
+            }
+        }
+    }
+
+    /// Child: waits for [`Channel::answer_served`].
+    pub fn served(&self) -> Result<()> {
+        match self.answer()? {
+            Report::Served => Ok(()),
+            _ => Err(broken()),
+        }
+    }
+
+    /// Child: waits for [`Channel::answer_tree`].
+    pub fn tree(&self) -> Result<OwnedFd> {
+        match self.answer()? {
+            Report::Tree(tree) => Ok(tree),
+            _ => Err(broken()),
         }
     }
 
@@ -191,8 +264,20 @@ impl Channel {
     }
 }
 
+fn parent_is_gone() -> Error {
+    Error::new(Kind::Internal, "the runtime ended during the start", "")
+}
+
+fn broken() -> Error {
+    Error::new(Kind::Internal, "malformed message on the start channel", "")
+}
+
+fn number(payload: &[u8]) -> Result<u64> {
+    let bytes = payload.try_into().map_err(|_| broken())?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
 fn decode(message: &[u8], fd: Option<OwnedFd>) -> Result<Report> {
-    let broken = || Error::new(Kind::Internal, "malformed message on the start channel", "");
     let Some((tag, payload)) = message.split_first() else {
         return Ok(Report::Closed);
     };
@@ -203,6 +288,14 @@ fn decode(message: &[u8], fd: Option<OwnedFd>) -> Result<Report> {
         (b'P', Some(fd)) => {
             let pid = payload.try_into().map_err(|_| broken())?;
             Report::Cloned(i32::from_ne_bytes(pid), fd)
+        }
+        (b'C', None) => Report::Continue,
+        (b'S', None) => Report::Served,
+        (b'F', Some(fd)) => Report::Tree(fd),
+        (b'M', Some(fd)) => Report::Mount(number(payload)? as usize, fd),
+        (b'N', Some(fd)) => {
+            let index = number(payload)?;
+            Report::Unreachable((index != u64::MAX).then_some(index as usize), fd)
         }
         (b'T', Some(fd)) => Report::Console(fd),
         (b'L', Some(fd)) => Report::Listener(fd),
@@ -267,6 +360,26 @@ mod tests {
         child.wait().unwrap();
         drop(child);
         assert!(matches!(parent.next().unwrap(), Report::Closed));
+    }
+
+    #[test]
+    fn words_to_go_on_are_kept_while_an_answer_is_awaited() {
+        let (parent, child) = Channel::pair().unwrap();
+        child.report_mount(3, child.as_fd()).unwrap();
+        child.report_unreachable(None).unwrap();
+        parent.proceed().unwrap();
+        parent.answer_served().unwrap();
+        parent.answer_tree(parent.as_fd()).unwrap();
+        assert!(matches!(parent.next().unwrap(), Report::Mount(3, _)));
+        assert!(matches!(
+            parent.next().unwrap(),
+            Report::Unreachable(None, _)
+        ));
+        child.served().unwrap();
+        child.tree().unwrap();
+        drop(parent);
+        child.wait().unwrap();
+        assert!(child.wait().is_err());
     }
 
     #[test]

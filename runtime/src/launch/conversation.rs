@@ -8,6 +8,7 @@ use coracle_oci::state::State;
 
 use super::channel::{Channel, Report};
 use super::seccomp_agent;
+use super::sources::Sources;
 use crate::console::ConsoleSocket;
 use crate::error::{Error, Kind, Result};
 use crate::hooks;
@@ -20,6 +21,8 @@ pub struct Conversation<'a> {
     pub seccomp: Option<&'a Compiled>,
     /// The hooks of the runtime's side and their directory; none for an exec.
     pub hooks: Option<(&'a Hooks, &'a Path)>,
+    /// What the mounts may ask for; none once they stand.
+    pub sources: Option<Sources<'a>>,
     pub state: &'a State,
     pub console: Option<ConsoleSocket>,
     /// The terminal, when there is no socket to send it to.
@@ -35,7 +38,7 @@ pub enum Goal {
     Executed,
 }
 
-impl Conversation<'_> {
+impl<'a> Conversation<'a> {
     /// Serves the child until it is that far.
     ///
     /// # Errors
@@ -59,6 +62,15 @@ impl Conversation<'_> {
                         seccomp_agent::send(filter, &listener, pid, self.state)?;
                     }
                 }
+                Report::Mount(index, tree) => {
+                    self.sources()?.map_ids(index, &tree)?;
+                    self.channel.answer_served()?;
+                }
+                Report::Unreachable(index, namespace) => {
+                    for file in self.open(index, &namespace)? {
+                        self.channel.answer_tree(file.as_fd())?;
+                    }
+                }
                 Report::Failed(error) => return Err(in_init(error)),
                 Report::Closed => {
                     return Err(Error::new(
@@ -67,7 +79,12 @@ impl Conversation<'_> {
                         "",
                     ));
                 }
-                report @ (Report::Built | Report::Ready | Report::Cloned(..)) => {
+                report @ (Report::Built
+                | Report::Ready
+                | Report::Cloned(..)
+                | Report::Tree(_)
+                | Report::Continue
+                | Report::Served) => {
                     return Err(Error::new(
                         Kind::Internal,
                         format!("unexpected report {report:?} before {goal:?}"),
@@ -76,6 +93,21 @@ impl Conversation<'_> {
                 }
             }
         }
+    }
+
+    fn sources(&mut self) -> Result<&mut Sources<'a>> {
+        self.sources
+            .as_mut()
+            .ok_or_else(|| Error::new(Kind::Internal, "a mount was asked for too late", ""))
+    }
+
+    fn open(&mut self, index: Option<usize>, namespace: &OwnedFd) -> Result<Vec<OwnedFd>> {
+        let sources = self.sources()?;
+        match index {
+            Some(index) => sources.open(index, namespace).map(|tree| vec![tree]),
+            None => sources.open_root(namespace).map(Vec::from),
+        }
+        .map_err(|error| error.context("error opening mount source"))
     }
 
     #[allow(deprecated)]

@@ -11,13 +11,13 @@
 pub mod channel;
 mod clone;
 mod conversation;
-mod early;
 pub mod foreground;
 pub mod gate;
 mod idmap;
 pub mod notify;
 pub mod process;
 mod seccomp_agent;
+mod sources;
 mod stage;
 mod undo;
 
@@ -45,6 +45,7 @@ use crate::spec::CheckedSpec;
 use crate::state::{Entry, Intent, Store, process_start_time};
 
 use channel::{Channel, Report};
+use sources::Sources;
 use undo::Undo;
 
 pub use clone::clone;
@@ -322,7 +323,6 @@ fn start(
     let (channel, theirs) = Channel::pair()?;
     let child = Child {
         plan: &plan,
-        host: &host,
         state: &state,
         gate: gate.as_ref(),
     };
@@ -357,6 +357,7 @@ fn start(
         channel: &channel,
         seccomp: plan.process.seccomp.as_ref(),
         hooks: Some((&plan.hooks, &record.bundle)),
+        sources: Some(Sources::new(&plan, &host, pid)),
         state: &state,
         console,
         master: None,
@@ -434,7 +435,6 @@ pub fn write_pid_file(path: &Path, pid: i32) -> Result<()> {
 /// What the clone needs.
 struct Child<'a> {
     plan: &'a Plan,
-    host: &'a HostFacts,
     state: &'a State,
     gate: Option<&'a OwnedFd>,
 }
@@ -449,8 +449,6 @@ impl Child<'_> {
         undo: &mut Undo,
     ) -> Result<(Channel, i32, OwnedFd)> {
         let namespaces = &self.plan.namespaces;
-        let early = early::trees(self.plan, self.host)?;
-        let early_root = early::root(self.plan, self.host)?;
         let target = cgroup.clone_into()?;
         let joins = cgroup.self_join()?;
         let staged = namespaces.needs_stage();
@@ -475,8 +473,6 @@ impl Child<'_> {
                 plan: self.plan,
                 state: self.state,
                 channel: &theirs,
-                early: &early,
-                early_root,
                 gate: self.gate,
                 staged,
             })
@@ -552,6 +548,7 @@ impl Launched {
             channel: &self.channel,
             seccomp: self.plan.process.seccomp.as_ref(),
             hooks: None,
+            sources: None,
             state: &self.state,
             console: None,
             master: None,

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt as _;
 
 use coracle_oci::spec::{LinuxDevice, LinuxDeviceType};
 
-use super::options::{self, BindMode};
+use super::options;
 use super::{Input, NamespacePlan, c_string, mounts, relative};
 use crate::error::{Error, Result};
 
@@ -58,7 +58,7 @@ pub(super) fn plan(input: &Input<'_>, namespaces: &NamespacePlan) -> Result<DevP
             continue;
         }
         let parsed = options::parse(mount.options().as_deref().unwrap_or_default());
-        let bind = parsed.bind != BindMode::No || mount.typ().as_deref() == Some("bind");
+        let bind = parsed.is_bind() || mount.typ().as_deref() == Some("bind");
         plan.setup = !bind;
     }
     let listed = spec

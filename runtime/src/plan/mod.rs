@@ -32,6 +32,8 @@ pub struct Plan {
     pub namespaces: NamespacePlan,
     pub rootfs: RootfsPlan,
     pub mounts: Vec<MountStep>,
+    /// What the child may not reach in its user namespace, the parent opens for it.
+    pub may_ask: bool,
     pub dev: DevPlan,
     /// Paths under /proc/sys, and their values.
     pub sysctls: Vec<(CString, Vec<u8>)>,
@@ -132,6 +134,7 @@ impl Plan {
                 .transpose()?,
             hooks: spec.hooks().clone().unwrap_or_default(),
             gated: input.options.gated,
+            may_ask: namespaces.has_user() && input.host.is_root(),
             namespaces,
             process,
         })
@@ -326,21 +329,18 @@ mod tests {
             panic!("{:?}", plan.mounts[2])
         };
         assert_eq!(bind.path, c"/b/data".to_owned());
-        assert!(bind.recursive && !bind.early);
+        assert!(bind.recursive && bind.change.is_some() && !plan.may_ask);
         assert_eq!(plan.mounts[2].propagation, [libc::MS_SLAVE | libc::MS_REC]);
     }
 
     #[test]
-    fn user_namespace_takes_its_trees_from_a_privileged_parent_only() {
-        for (euid, early) in [(0, true), (1000, false)] {
+    fn user_namespace_has_the_help_of_a_privileged_parent_only() {
+        for (euid, may_ask) in [(0, true), (1000, false)] {
             let plan = plan(euid, user_namespace).unwrap();
             assert!(plan.dev.bind && plan.namespaces.has_user());
             assert!(!plan.namespaces.needs_stage());
             assert_eq!(plan.namespaces.uid_map, "0 100000 65536\n");
-            let MountKind::Bind(bind) = &plan.mounts[2].kind else {
-                panic!("{:?}", plan.mounts[2])
-            };
-            assert_eq!(bind.early, early);
+            assert_eq!(plan.may_ask, may_ask);
         }
     }
 
@@ -409,30 +409,6 @@ mod tests {
     }
 
     #[test]
-    fn bind_with_attributes_names_all_of_them() {
-        use libc::{
-            MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW,
-        };
-        let rest = MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOSYMFOLLOW;
-        for (options, user, want) in [
-            (json!(["bind", "rprivate"]), false, 0),
-            (json!(["bind", "ro"]), false, rest | MOUNT_ATTR_NOSUID),
-            (json!(["bind", "rw", "nosuid"]), false, rest),
-            (json!(["bind", "ro"]), true, MOUNT_ATTR_NOSYMFOLLOW),
-        ] {
-            let plan = plan(0, |config| {
-                if user {
-                    user_namespace(config);
-                }
-                config["mounts"] = json!([{"destination": "/d", "type": "bind", "source": "/s",
-                    "options": options}]);
-            })
-            .unwrap();
-            assert_eq!(plan.mounts[0].implied_clear, want, "{options} {user}");
-        }
-    }
-
-    #[test]
     fn sources_and_targets_inside_the_root() {
         let plan = plan(0, |config| {
             user_namespace(config);
@@ -443,13 +419,13 @@ mod tests {
         })
         .unwrap();
         let bind = |at: usize| match &plan.mounts[at].kind {
-            MountKind::Bind(bind) => (bind.inside.clone(), bind.early),
+            MountKind::Bind(bind) => bind.inside.clone(),
             other => panic!("{other:?}"),
         };
         assert_eq!(plan.mounts[0].target, c"x/y".to_owned());
-        assert_eq!(bind(0), (Some(c"z".to_owned()), false));
+        assert_eq!(bind(0), Some(c"z".to_owned()));
         assert_eq!(plan.mounts[1].target, c"b/rootfs2/y".to_owned());
-        assert_eq!(bind(1), (None, true));
+        assert_eq!(bind(1), None);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::Path;
 use coracle_oci::record::CgroupRecord;
 use coracle_oci::spec::{LinuxIdMapping, LinuxNamespaceType as Kind, Mount};
 
-use super::options::{self, Attributes, BindMode, Options};
+use super::options::{self, Attributes, FlagChange, Options};
 use super::{Input, NamespacePlan, c_string, relative};
 use crate::cgroup::{CgroupMode, Hierarchy};
 use crate::error::{Error, Result};
@@ -20,11 +20,9 @@ pub struct MountStep {
     /// Relative to the root.
     pub target: CString,
     pub kind: MountKind,
+    /// Of a new filesystem; a bind mount has its own.
     pub attributes: Attributes,
     pub recursive_attributes: Attributes,
-    /// A bind mount that names any attribute names all: those that its source has beside are
-    /// cleared, unless they are locked.
-    pub implied_clear: u64,
     pub propagation: Vec<u64>,
     /// Becomes read-only once all is made: a /dev or a tmpfs that other mounts stand in.
     pub late_read_only: bool,
@@ -61,20 +59,18 @@ pub enum MountKind {
 pub struct BindSource {
     pub path: CString,
     pub recursive: bool,
+    pub change: Option<FlagChange>,
     pub idmap: Option<IdMap>,
-    /// The source is in the container's own root, at this path: what is mounted there before this
-    /// mount is part of it, and only the child can see that.
+    /// The source is in the container's own root, at this path: an image's symlinks lead nowhere
+    /// else there.
     pub inside: Option<CString>,
-    /// The parent clones the tree: in a user namespace the child may not reach the source. Not for
-    /// an unprivileged parent, who reaches no more than its child and may not clone.
-    pub early: bool,
 }
 
-/// The mapping of an id-mapped mount; empty maps mean the container's own.
+/// An id-mapped mount.
 #[derive(Debug)]
 pub struct IdMap {
-    pub uid_map: String,
-    pub gid_map: String,
+    /// The uid and gid maps of its own; without them it has the container's user namespace.
+    pub own: Option<(String, String)>,
     pub recursive: bool,
 }
 
@@ -132,14 +128,14 @@ pub(super) fn plan(input: &Input<'_>, namespaces: &NamespacePlan) -> Result<Vec<
 fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<MountStep> {
     let mut parsed = options::parse(mount.options().as_deref().unwrap_or_default());
     let fstype = mount.typ().as_deref().unwrap_or("");
-    if fstype == "bind" && parsed.bind == BindMode::No {
-        parsed.bind = BindMode::One;
+    if fstype == "bind" {
+        parsed.flags |= libc::MS_BIND;
     }
     let destination = mount.destination().display().to_string();
-    let kind = if parsed.remount {
+    let kind = if parsed.is_remount() {
         legacy("none", mount, &parsed)?
-    } else if parsed.bind != BindMode::No {
-        MountKind::Bind(bind(input, namespaces, mount, &parsed)?)
+    } else if parsed.is_bind() {
+        MountKind::Bind(bind(input, mount, &parsed)?)
     } else {
         match fstype {
             "" => {
@@ -163,13 +159,9 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
         None => relative("mounts", mount.destination().as_os_str().as_bytes())?,
     };
     check_proc(&destination, mount, &kind)?;
-    let mut attributes = parsed.attributes;
-    if matches!(kind, MountKind::Legacy { .. }) {
-        attributes = Attributes::default();
-    }
-    let implied_clear = match &kind {
-        MountKind::Bind(_) if !attributes.is_empty() => implied_clear(attributes, namespaces),
-        _ => 0,
+    let mut attributes = match &kind {
+        MountKind::Legacy { .. } | MountKind::Bind(_) => Attributes::default(),
+        _ => parsed.attributes(),
     };
     let filled = match &kind {
         MountKind::Fs(source) => source.fstype == c"tmpfs" || clean(mount.destination()) == "dev",
@@ -185,24 +177,9 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
         kind,
         attributes,
         recursive_attributes: parsed.recursive_attributes,
-        implied_clear,
         propagation: parsed.propagation,
         late_read_only,
     })
-}
-
-/// As mount(2) with MS_REMOUNT|MS_BIND does it: all but the atime attributes, and in a user
-/// namespace all but those that it locks.
-fn implied_clear(attributes: Attributes, namespaces: &NamespacePlan) -> u64 {
-    let locked = libc::MOUNT_ATTR_RDONLY
-        | libc::MOUNT_ATTR_NOSUID
-        | libc::MOUNT_ATTR_NODEV
-        | libc::MOUNT_ATTR_NOEXEC;
-    let all = match namespaces.has_user() {
-        true => libc::MOUNT_ATTR_NOSYMFOLLOW,
-        false => locked | libc::MOUNT_ATTR_NOSYMFOLLOW,
-    };
-    all & !attributes.set & !attributes.clear
 }
 
 /// A path of the host that lies in the container's root, relative to that.
@@ -273,12 +250,7 @@ fn source_of(mount: &Mount) -> &[u8] {
         .map_or(b"", |source| source.as_os_str().as_bytes())
 }
 
-fn bind(
-    input: &Input<'_>,
-    namespaces: &NamespacePlan,
-    mount: &Mount,
-    parsed: &Options,
-) -> Result<BindSource> {
+fn bind(input: &Input<'_>, mount: &Mount, parsed: &Options) -> Result<BindSource> {
     let source = mount
         .source()
         .as_ref()
@@ -294,27 +266,16 @@ fn bind(
         super::namespaces::id_map(m.as_deref().unwrap_or_default())
     };
     let (uid_map, gid_map) = (mapped(mount.uid_mappings()), mapped(mount.gid_mappings()));
-    let idmap = if !uid_map.is_empty() {
-        Some(IdMap {
-            uid_map,
-            gid_map,
-            recursive: parsed.idmap == Some(true),
-        })
-    } else {
-        parsed.idmap.map(|recursive| IdMap {
-            uid_map: namespaces.uid_map.clone(),
-            gid_map: namespaces.gid_map.clone(),
-            recursive,
-        })
-    };
-    // An id mapping takes rights over the filesystem that only the parent has for sure.
-    let inside = inside_root(input, &path).filter(|_| idmap.is_none());
+    let own = (!uid_map.is_empty()).then_some((uid_map, gid_map));
+    let idmap = (own.is_some() || parsed.idmap.is_some()).then(|| IdMap {
+        own,
+        recursive: parsed.idmap == Some(true),
+    });
     Ok(BindSource {
         path: c_string("mounts.source", path.as_os_str().as_bytes())?,
-        recursive: parsed.bind == BindMode::Recursive,
-        early: (namespaces.has_user() && input.host.is_root() && inside.is_none())
-            || idmap.is_some(),
-        inside,
+        recursive: parsed.is_recursive(),
+        change: parsed.change(),
+        inside: inside_root(input, &path),
         idmap,
     })
 }
@@ -339,8 +300,8 @@ fn filesystem(
             None => (c_string("mounts.options", option.as_bytes())?, None),
         });
     }
-    for name in parsed.superblock.iter().filter(|name| !name.is_empty()) {
-        list.push((c_string("mounts.options", name.as_bytes())?, None));
+    for name in parsed.superblock() {
+        list.push((name.to_owned(), None));
     }
     let tmpfs = fstype == c"tmpfs";
     let strict_target = fstype == c"proc" || fstype == c"sysfs";
@@ -368,7 +329,7 @@ fn legacy(fstype: &str, mount: &Mount, parsed: &Options) -> Result<MountKind> {
     Ok(MountKind::Legacy {
         fstype: c_string("mounts.type", fstype.as_bytes())?,
         source: c_string("mounts.source", source_of(mount))?,
-        flags: options::legacy_flags(parsed),
+        flags: parsed.flags,
         data: c_string("mounts.options", parsed.data.join(",").as_bytes())?,
     })
 }
@@ -468,9 +429,9 @@ mod tests {
             MountKind::Bind(BindSource {
                 path: c"/x".to_owned(),
                 recursive: false,
+                change: None,
                 idmap: None,
                 inside: None,
-                early: false,
             })
         };
         let tmpfs = || MountKind::Legacy {

@@ -426,8 +426,7 @@ fn check_mount(mount: &Mount, namespaces: &Namespaces) -> Result<()> {
     }
     let options = crate::plan::options::parse(mount.options().as_deref().unwrap_or_default());
     let idmapped = uids || options.idmap.is_some();
-    let bind = options.bind != crate::plan::options::BindMode::No
-        || mount.typ().as_deref() == Some("bind");
+    let bind = options.is_bind() || mount.typ().as_deref() == Some("bind");
     if idmapped {
         if !bind {
             return Err(Error::invalid(format!(

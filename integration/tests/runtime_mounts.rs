@@ -1,0 +1,282 @@
+//! Bind mounts of the runtime where they meet the host's: locked flags, id maps, sources that the
+//! container cannot reach.
+
+use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use anyhow::{Context as _, Result, ensure};
+use coracle_integration::bundle::Bench;
+use coracle_integration::crictl::Config;
+use coracle_integration::{binaries, need_root};
+use nix::mount::{MsFlags, mount};
+use serde_json::{Value, json};
+
+const NONE: Option<&str> = None;
+
+/// A mount of the test's own, until it goes.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// A mount of a directory on itself, with these flags.
+fn mount_with(path: &Path, flags: MsFlags) -> Result<Mounted> {
+    std::fs::create_dir_all(path)?;
+    mount(Some(path), path, NONE, MsFlags::MS_BIND, NONE).context("bind mount")?;
+    let mounted = Mounted(path.to_owned());
+    let change = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | flags;
+    mount(NONE, path, NONE, change, NONE).context("change the bind mount's flags")?;
+    Ok(mounted)
+}
+
+/// A container's root may do what the tests try: all of mount(8).
+fn shell_config(bench: &Bench, name: &str, script: &str, bind: Value) -> Config {
+    let capabilities = json!(["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"]);
+    let mut config = bench
+        .config(name, &[])
+        .set("/process/args", json!(["/bin/busybox", "sh", "-c", script]))
+        .push("/mounts", bind);
+    for set in ["bounding", "effective", "permitted"] {
+        config = config.set(
+            &format!("/process/capabilities/{set}"),
+            capabilities.clone(),
+        );
+    }
+    config
+}
+
+fn in_user_namespace(config: Config) -> Config {
+    let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    config
+        .push("/linux/namespaces", json!({"type": "user"}))
+        .set("/linux/uidMappings", map.clone())
+        .set("/linux/gidMappings", map)
+}
+
+fn bind(source: &Path, options: &[&str]) -> Value {
+    json!({"destination": "/mnt", "type": "bind", "source": source, "options": options})
+}
+
+/// Runs a config whose bundle has busybox.
+fn run(bench: &Bench, name: &str, config: &Config) -> Result<Output> {
+    let bundle = bench.bundle(name, config)?;
+    let busybox = binaries::installed("busybox").context("busybox is not installed: make deps")?;
+    std::fs::copy(busybox, bundle.join("rootfs/bin/busybox"))?;
+    std::fs::create_dir_all(bundle.join("rootfs/mnt"))?;
+    let bundle = bundle.display().to_string();
+    bench.coracle()?.try_run(&["run", "-b", &bundle, name])
+}
+
+fn text(output: &Output) -> String {
+    let out = String::from_utf8_lossy(&output.stdout);
+    format!("{out}{}", String::from_utf8_lossy(&output.stderr))
+}
+
+/// The options of the container's /mnt, as its /proc/self/mounts has them.
+const SHOW: &str = "busybox awk '$2 == \"/mnt\" {print $4}' /proc/self/mounts";
+
+fn shown(bench: &Bench, name: &str, config: &Config) -> Result<Vec<String>> {
+    let output = run(bench, name, config)?;
+    ensure!(output.status.success(), "{name}: {}", text(&output));
+    let line = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    Ok(line.split(',').map(str::to_owned).collect())
+}
+
+/// A directory that the container's root cannot get to, with a source in it.
+fn unreachable(bench: &Bench) -> Result<PathBuf> {
+    let closed = bench.dir.join("closed");
+    std::fs::create_dir_all(&closed)?;
+    std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0o700))?;
+    Ok(closed.join("source"))
+}
+
+#[test]
+fn host_flags_stay_locked_in_a_user_namespace() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let flags = MsFlags::MS_RDONLY
+        | MsFlags::MS_NOSUID
+        | MsFlags::MS_NODEV
+        | MsFlags::MS_NOEXEC
+        | MsFlags::MS_NOATIME;
+    let open = bench.dir.join("source");
+    let closed = unreachable(&bench)?;
+    for (place, source) in [("open", &open), ("closed", &closed)] {
+        let _source = mount_with(source, flags)?;
+        for (index, options) in [
+            &["bind"][..],
+            &["rbind", "nosuid"],
+            &["bind", "ro", "noatime"],
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let name = format!("kept-{place}-{index}");
+            let script = format!("busybox mount -o remount,bind,rw,dev,suid,exec /mnt; {SHOW}");
+            let config = shell_config(&bench, &name, &script, bind(source, options));
+            let have = shown(&bench, &name, &in_user_namespace(config))?;
+            for flag in ["ro", "nosuid", "nodev", "noexec", "noatime"] {
+                ensure!(have.contains(&flag.to_owned()), "{name}: {flag}: {have:?}");
+            }
+        }
+        for option in [
+            "rw",
+            "dev",
+            "suid",
+            "exec",
+            "strictatime",
+            "nodiratime",
+            "rrw",
+            "ratime",
+        ] {
+            let name = format!("refused-{place}-{option}");
+            let config = shell_config(&bench, &name, SHOW, bind(source, &["bind", option]));
+            let output = run(&bench, &name, &in_user_namespace(config))?;
+            let text = text(&output);
+            ensure!(!output.status.success(), "{name}: {text}");
+            ensure!(text.contains("operation not permitted"), "{name}: {text}");
+        }
+    }
+    // Root of the host may ask for all of that.
+    let again = mount_with(&open, flags)?;
+    let wanted = ["bind", "rw", "dev", "suid", "exec", "relatime"];
+    let config = shell_config(&bench, "cleared", SHOW, bind(&open, &wanted));
+    let have = shown(&bench, "cleared", &config)?;
+    ensure!(have[..2] == ["rw", "relatime"], "{have:?}");
+    drop(again);
+    bench.finish()
+}
+
+#[test]
+fn what_a_mount_covers_stays_covered_in_a_user_namespace() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let open = bench.dir.join("source");
+    let closed = unreachable(&bench)?;
+    for (name, source) in [("open", &open), ("closed", &closed)] {
+        let below = source.join("below");
+        std::fs::create_dir_all(&below)?;
+        std::fs::write(below.join("secret"), "secret")?;
+        mount(Some("tmpfs"), &below, Some("tmpfs"), MsFlags::empty(), NONE)?;
+        let _below = Mounted(below);
+        let script = "busybox umount /mnt/below; busybox ls -l /mnt/below/secret; \
+                      busybox mount --bind /mnt /tmp; busybox ls -l /tmp/below/secret";
+        let config = shell_config(&bench, name, script, bind(source, &["rbind"]));
+        let output = run(&bench, name, &in_user_namespace(config))?;
+        let text = text(&output);
+        ensure!(text.contains("No such file"), "{text}");
+        ensure!(!text.contains("root"), "{name} was uncovered: {text}");
+        // Bound without what covers it, it would be bare.
+        let name = format!("bare-{name}");
+        let config = shell_config(&bench, &name, "true", bind(source, &["bind"]));
+        let output = run(&bench, &name, &in_user_namespace(config))?;
+        ensure!(!output.status.success(), "{name} is bare");
+    }
+    bench.finish()
+}
+
+#[test]
+fn root_filesystem_stays_locked_in_a_user_namespace() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    for (name, mode) in [("open", 0o755), ("closed", 0o700)] {
+        let script = "busybox mount -o remount,bind,rw / ; busybox touch /mnt/x; \
+                      busybox awk '$2 == \"/\" {print $4}' /proc/self/mounts";
+        let nothing = json!({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs",
+            "options": ["ro"]});
+        let config = in_user_namespace(shell_config(&bench, name, script, nothing));
+        let bundle = bench.bundle(name, &config)?;
+        // A directory in between that the container's root may not pass.
+        let between = bundle.join("between");
+        std::fs::create_dir_all(&between)?;
+        std::fs::rename(bundle.join("rootfs"), between.join("rootfs"))?;
+        let rootfs = between.join("rootfs");
+        let busybox = binaries::installed("busybox").context("busybox is not installed")?;
+        std::fs::copy(busybox, rootfs.join("bin/busybox"))?;
+        std::fs::create_dir_all(rootfs.join("mnt"))?;
+        let _rootfs = mount_with(&rootfs, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID)?;
+        std::fs::set_permissions(&between, std::fs::Permissions::from_mode(mode))?;
+        config
+            .set("/root/path", "between/rootfs")
+            .write(&bundle.join("config.json"))?;
+        let path = bundle.display().to_string();
+        let output = bench.coracle()?.try_run(&["run", "-b", &path, name])?;
+        let out = String::from_utf8_lossy(&output.stdout);
+        ensure!(output.status.success(), "{name}: {}", text(&output));
+        ensure!(out.starts_with("ro,nosuid"), "{name}: {}", text(&output));
+    }
+    bench.finish()
+}
+
+#[test]
+fn id_mapped_sources_of_every_place() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let own = json!([{"containerID": 0, "hostID": 300_000, "size": 65536}]);
+    let with_own = |mount: Value| {
+        let mut mount = mount;
+        mount["uidMappings"] = own.clone();
+        mount["gidMappings"] = own.clone();
+        mount
+    };
+    let open = bench.dir.join("source");
+    let closed = unreachable(&bench)?;
+    for (place, source) in [("open", open), ("closed", closed)] {
+        std::fs::create_dir_all(&source)?;
+        std::fs::write(source.join("file"), "")?;
+        chown(source.join("file"), Some(7), Some(8))?;
+        // On the host 7 is 300007 through a mapping of its own, and 100007 through the
+        // container's; the container sees the second as 7, and the first as nobody.
+        let cases = [
+            (
+                "own",
+                with_own(bind(&source, &["bind"])),
+                false,
+                "300007 300008",
+            ),
+            (
+                "own-user",
+                with_own(bind(&source, &["bind"])),
+                true,
+                "65534 65534",
+            ),
+            ("containers", bind(&source, &["bind", "idmap"]), true, "7 8"),
+            (
+                "recursive",
+                bind(&source, &["rbind", "ridmap", "ro"]),
+                true,
+                "7 8",
+            ),
+        ];
+        for (case, mount, user, want) in cases {
+            let name = format!("{case}-{place}");
+            let script = "busybox stat -c '%u %g' /mnt/file";
+            let mut config = shell_config(&bench, &name, script, mount);
+            if user {
+                config = in_user_namespace(config);
+            }
+            let output = run(&bench, &name, &config)?;
+            let out = String::from_utf8_lossy(&output.stdout);
+            ensure!(out.trim() == want, "{name}: {}", text(&output));
+        }
+    }
+    // A source in the container's own root is what was mounted there before.
+    let config = shell_config(
+        &bench,
+        "inside",
+        "busybox stat -c '%u' /mnt/file",
+        json!({
+        "destination": "/app", "type": "bind", "source": bench.dir.join("source"),
+        "options": ["bind"]}),
+    );
+    let inside = bench.dir.join("inside/rootfs/app");
+    let config = in_user_namespace(config).push("/mounts", bind(&inside, &["bind", "idmap"]));
+    let output = run(&bench, "inside", &config)?;
+    let out = String::from_utf8_lossy(&output.stdout);
+    ensure!(out.trim() == "7", "{}", text(&output));
+    bench.finish()
+}
