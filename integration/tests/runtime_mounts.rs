@@ -280,3 +280,62 @@ fn id_mapped_sources_of_every_place() -> Result<()> {
     ensure!(out.trim() == "7", "{}", text(&output));
     bench.finish()
 }
+
+/// Without "mount" among the namespaces, and what then cannot be asked for.
+fn sharing_mounts(config: Config) -> Config {
+    let namespaces = json!([{"type": "pid"}, {"type": "uts"}, {"type": "ipc"}]);
+    config
+        .set("/linux/namespaces", namespaces)
+        .set("/linux/maskedPaths", json!([]))
+        .set("/linux/readonlyPaths", json!([]))
+        .set(
+            "/mounts",
+            json!([
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
+            ]),
+        )
+}
+
+#[test]
+fn container_without_a_mount_namespace_leaves_no_mount() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let coracle = bench.coracle()?;
+    let own = std::fs::read_link("/proc/thread-self/ns/mnt")?;
+    let mounts = || std::fs::read_to_string("/proc/thread-self/mountinfo");
+    let before = mounts()?;
+    let script = "busybox ls /bin; busybox readlink /proc/self/ns/mnt";
+    let nothing = bind(&bench.dir, &["bind"]);
+    let config = sharing_mounts(shell_config(&bench, "ran", script, nothing.clone()));
+    let output = run(&bench, "ran", &config)?;
+    let out = String::from_utf8_lossy(&output.stdout);
+    let want = format!("busybox\nprobe\n{}\n", own.display());
+    ensure!(out == want, "{}", text(&output));
+    ensure!(mounts()? == before, "run left {}", mounts()?);
+
+    // Another's mount at the place stays, whichever way the container ends.
+    let config = shell_config(&bench, "left", "busybox sleep 600", nothing);
+    let config = sharing_mounts(config);
+    let bundle = bench.bundle("left", &config)?;
+    let rootfs = bundle.join("rootfs");
+    let busybox = binaries::installed("busybox").context("busybox is not installed")?;
+    std::fs::copy(busybox, rootfs.join("bin/busybox"))?;
+    let theirs = mount_with(&rootfs, MsFlags::MS_NOSUID)?;
+    let before = mounts()?;
+    let bundle = bundle.display().to_string();
+    let log = bench.dir.join("log");
+    coracle.detached(&["run", "-d", "-b", &bundle, "left"], &log)?;
+    ensure!(mounts()? != before, "nothing was mounted");
+    let inside = coracle.run(&["exec", "left", "/bin/busybox", "ls", "/bin"])?;
+    ensure!(inside == "busybox\nprobe\n", "exec is elsewhere: {inside}");
+    coracle.run(&["delete", "-f", "left"])?;
+    ensure!(mounts()? == before, "delete left {}", mounts()?);
+    // A start that fails, too.
+    let missing = config.push("/mounts", bind(Path::new("/nope"), &["bind"]));
+    missing.write(&bench.dir.join("left/config.json"))?;
+    coracle.refused(&["create", "-b", &bundle, "left"])?;
+    ensure!(mounts()? == before, "a refused create left {}", mounts()?);
+    drop(theirs);
+    bench.finish()
+}

@@ -79,8 +79,13 @@ pub fn join(request: Request<'_>) -> Result<Joined> {
     if let Some(cpus) = &plan.initial_affinity {
         identity::set_affinity(cpus)?;
     }
+    let root = match namespaces.inside.contains(ThreadNameSpaceType::MOUNT) {
+        true => None,
+        false => Some(root_of(request.record.init_pid)?),
+    };
     let child = Child {
         plan: &plan,
+        root,
         init: init.as_fd(),
         namespaces,
         keyring: keyring.as_deref(),
@@ -177,6 +182,13 @@ fn setgroups_allowed(pid: i32) -> Result<bool> {
     }
 }
 
+fn root_of(pid: i32) -> Result<OwnedFd> {
+    let path = format!("/proc/{pid}/root");
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(&path, flags, Mode::empty())
+        .map_err(|error| Error::system("open", path, error))
+}
+
 fn same_user_namespace(pid: i32) -> bool {
     let inode = |path: &str| {
         rustix::fs::statat(CWD, path, AtFlags::empty()).map(|stat| (stat.st_dev, stat.st_ino))
@@ -217,6 +229,8 @@ fn place(
 /// What the new process needs.
 struct Child<'a> {
     plan: &'a ProcessPlan,
+    /// The container's root, where no mount namespace brings it along.
+    root: Option<OwnedFd>,
     init: BorrowedFd<'a>,
     namespaces: Namespaces,
     keyring: Option<&'a CStr>,
@@ -291,6 +305,11 @@ impl Child<'_> {
                         error,
                     )
                 })?;
+        }
+        if let Some(root) = &self.root {
+            rustix::process::fchdir(root)
+                .and_then(|()| rustix::process::chroot(c"."))
+                .map_err(|error| Error::system("chroot", "the container's root", error))?;
         }
         if self.namespaces.user {
             init::become_root()?;

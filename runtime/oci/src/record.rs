@@ -50,6 +50,15 @@ pub struct NamespaceRecord {
     pub path: PathBuf,
 }
 
+/// A mount of the container's in the runtime's own mount namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MountRecord {
+    pub path: PathBuf,
+    /// The kernel's id: tells it from another's mount at that path.
+    pub id: u64,
+}
+
 /// What `create` is about to do, on disk before it does any of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -60,9 +69,9 @@ pub struct IntentRecord {
     /// Processes known so far; the cgroup finds the rest.
     #[serde(default)]
     pub pids: Vec<ProcessRecord>,
-    /// Mount points that the parent makes in its own mount namespace.
-    #[serde(default)]
-    pub mounts: Vec<PathBuf>,
+    /// Mounts that the parent makes in its own mount namespace.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<MountRecord>,
 }
 
 /// A created container.
@@ -95,6 +104,9 @@ pub struct ContainerRecord {
     /// `--no-new-keyring`: its processes, those of exec too, keep the caller's session keyring.
     #[serde(default)]
     pub no_new_keyring: bool,
+    /// Of a container that shares the runtime's mount namespace: its root.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<MountRecord>,
 }
 
 impl ContainerRecord {

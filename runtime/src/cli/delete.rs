@@ -9,7 +9,6 @@
 //! Every step is done however the others end; the first failure is reported, and the directory
 //! stays for another attempt as long as anything is left that it names.
 
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -23,6 +22,7 @@ use super::kill::SIGKILL;
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Kind, Result};
 use crate::hooks;
+use crate::launch::host_root;
 use crate::log;
 use crate::state::{
     Begun, Container, Decision, Entry, Lock, Request, Status, Store, decide, open_process,
@@ -146,6 +146,9 @@ fn destroy(container: &Container, lock: Lock) -> Result<()> {
         .cgroup()
         .delete()
         .map_err(|error| error.context("unable to remove container's cgroup"))?;
+    for mount in &container.record.mounts {
+        host_root::remove(mount)?;
+    }
     container
         .entry
         .remove()
@@ -227,7 +230,7 @@ fn undo(begun: &Begun) -> Result<()> {
         cgroup.delete()?;
     }
     for mount in intent.mounts.iter().rev() {
-        unmount(mount)?;
+        host_root::remove(mount)?;
     }
     Ok(())
 }
@@ -241,14 +244,4 @@ fn is_ours(cgroup: &Cgroup, creator: ProcessRecord) -> Result<bool> {
         process_start_time(*pid).is_ok_and(|start_time| start_time < creator.start_time)
     };
     Ok(!cgroup.pids()?.iter().any(before))
-}
-
-fn unmount(path: &Path) -> Result<()> {
-    use rustix::io::Errno;
-    use rustix::mount::UnmountFlags;
-    match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-        // Not mounted (any more).
-        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
-        Err(errno) => Err(Error::system("umount", path.display().to_string(), errno)),
-    }
 }

@@ -43,6 +43,8 @@ pub struct Inheritance<'a> {
     pub channel: &'a Channel,
     /// Read side of `start`: see `crate::launch::gate`.
     pub gate: Option<&'a OwnedFd>,
+    /// The root, attached in the runtime's mount namespace that the container shares.
+    pub host_root: Option<&'a OwnedFd>,
     /// A stage has joined the namespaces before this child was cloned.
     pub staged: bool,
 }
@@ -107,7 +109,10 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
         channel: child.channel,
         opens: plan.may_ask,
     };
-    let root = rootfs::attach_root(&plan.rootfs, parent)?;
+    let root = match child.host_root {
+        Some(tree) => rootfs::attached_root(tree)?,
+        None => rootfs::attach_root(&plan.rootfs, parent)?,
+    };
     for (index, step) in plan.mounts.iter().enumerate() {
         mount::apply(&root, step, (index, parent))?;
     }

@@ -58,6 +58,13 @@ pub fn attach_root(plan: &RootfsPlan, parent: Parent<'_>) -> Result<Root> {
         .map_err(|error| Error::system("move_mount", plan.path.display().to_string(), error))
 }
 
+/// The root that the parent has attached.
+pub fn attached_root(tree: &OwnedFd) -> Result<Root> {
+    rustix::io::fcntl_dupfd_cloexec(tree, 3)
+        .map(Root::new)
+        .map_err(|error| Error::system("fcntl(F_DUPFD_CLOEXEC)", "the root", error))
+}
+
 /// pivot_root(2) refuses a shared parent mount, and the root must not show up on the host: walks
 /// up to the mount that holds the path and makes it private.
 fn privatise_parent(path: &CStr) -> Result<()> {
@@ -158,7 +165,9 @@ pub fn seal(root: &Root, plan: &Plan) -> Result<()> {
 pub fn enter(root: &Root, plan: &RootfsPlan) -> Result<()> {
     rustix::process::fchdir(root.as_fd())
         .map_err(|error| Error::system("fchdir", plan.path.display().to_string(), error))?;
-    if plan.no_pivot {
+    if plan.shares_mounts {
+        rustix::process::chroot(c".").map_err(|error| Error::system("chroot", ".", error))?;
+    } else if plan.no_pivot {
         move_root(root, plan)?;
     } else {
         // Detaching a shared tree would detach it on the host, so it is made a slave first. That

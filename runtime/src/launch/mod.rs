@@ -13,6 +13,7 @@ mod clone;
 mod conversation;
 pub mod foreground;
 pub mod gate;
+pub mod host_root;
 mod idmap;
 pub mod notify;
 pub mod process;
@@ -45,6 +46,7 @@ use crate::spec::CheckedSpec;
 use crate::state::{Entry, Intent, Store, process_start_time};
 
 use channel::{Channel, Report};
+use host_root::HostRoot;
 use sources::Sources;
 use undo::Undo;
 
@@ -86,6 +88,7 @@ struct Prepared {
     cgroup_plan: CgroupPlan,
     state: State,
     record: ContainerRecord,
+    host_root: Option<HostRoot>,
     console: Option<ConsoleSocket>,
     pidfd_socket: Option<ConsoleSocket>,
     config: Vec<u8>,
@@ -105,7 +108,7 @@ pub fn launch(request: Request<'_>) -> Result<Launched> {
         bundle: prepared.record.bundle.clone(),
         cgroup: prepared.record.cgroup.clone(),
         pids: Vec::new(),
-        mounts: Vec::new(),
+        mounts: prepared.record.mounts.clone(),
     })?;
     let mut undo = Undo::default();
     if notify::host().is_some()
@@ -177,7 +180,9 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
         bundle: request.bundle.directory.to_string_lossy().into_owned(),
         annotations: annotations.clone(),
     };
+    let host_root = HostRoot::new(&plan.rootfs)?;
     let record = ContainerRecord {
+        mounts: host_root.iter().map(|root| root.record.clone()).collect(),
         oci_version: config.version().clone(),
         bundle: request.bundle.directory.clone(),
         rootfs: plan.rootfs.path.clone(),
@@ -202,6 +207,7 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
         cgroup_plan,
         state,
         record,
+        host_root,
     })
 }
 
@@ -309,6 +315,7 @@ fn start(
         cgroup_plan,
         mut state,
         mut record,
+        host_root,
         console,
         ..
     } = prepared;
@@ -316,6 +323,10 @@ fn start(
     let cgroup = cgroup_plan.create()?;
     undo.cgroup = Some(cgroup.clone());
     record.cgroup = cgroup.record();
+    if let Some(root) = &host_root {
+        root.attach()?;
+        undo.mounts = record.mounts.clone();
+    }
     let gate = plan
         .gated
         .then(|| gate::create(intent.entry()))
@@ -325,6 +336,7 @@ fn start(
         plan: &plan,
         state: &state,
         gate: gate.as_ref(),
+        host_root: host_root.as_ref(),
     };
     let (channel, pid, pidfd) = child.make(channel, theirs, &cgroup, undo)?;
     drop(gate);
@@ -437,6 +449,7 @@ struct Child<'a> {
     plan: &'a Plan,
     state: &'a State,
     gate: Option<&'a OwnedFd>,
+    host_root: Option<&'a HostRoot>,
 }
 
 impl Child<'_> {
@@ -474,6 +487,7 @@ impl Child<'_> {
                 state: self.state,
                 channel: &theirs,
                 gate: self.gate,
+                host_root: self.host_root.map(|root| &root.tree),
                 staged,
             })
         }

@@ -2,11 +2,11 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use coracle_oci::record::ContainerRecord;
+use coracle_oci::record::{ContainerRecord, MountRecord};
 use coracle_oci::spec::{Hook, Hooks};
 use coracle_oci::state::{State, Status};
 
-use super::process;
+use super::{host_root, process};
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
 use crate::hooks;
@@ -17,6 +17,7 @@ use crate::state::{Entry, Intent};
 #[derive(Default)]
 pub struct Undo {
     pub cgroup: Option<Cgroup>,
+    pub mounts: Vec<MountRecord>,
     child: Option<(i32, OwnedFd)>,
     poststop: Option<(Vec<Hook>, State)>,
 }
@@ -54,6 +55,9 @@ impl Undo {
             }
             failures.note(cgroup.made_here().delete());
         }
+        for mount in &self.mounts {
+            failures.note(host_root::remove(mount));
+        }
         failures.note(intent.abandon());
         if let Some((list, mut state)) = self.poststop {
             state.status = Status::Stopped;
@@ -76,6 +80,9 @@ pub fn destroy(
         failures.note(cgroup.kill_all());
     }
     failures.note(cgroup.delete());
+    for mount in &record.mounts {
+        failures.note(host_root::remove(mount));
+    }
     failures.note(entry.remove());
     let mut state = state.clone();
     state.status = Status::Stopped;

@@ -60,6 +60,8 @@ pub struct RootfsPlan {
     /// What the root becomes after pivot_root, if the spec says so.
     pub propagation: Option<u64>,
     pub no_pivot: bool,
+    /// The container has no mount namespace: the root is entered by chroot(2) alone.
+    pub shares_mounts: bool,
 }
 
 /// What the command line adds to the spec.
@@ -171,6 +173,7 @@ fn rootfs(input: &Input<'_>) -> Result<RootfsPlan> {
         initial_propagation: initial_propagation(propagation),
         propagation,
         no_pivot: input.options.no_pivot,
+        shares_mounts: !input.spec.namespaces().has(Kind::Mount),
     })
 }
 

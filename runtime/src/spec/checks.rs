@@ -66,10 +66,6 @@ pub(super) fn all(spec: &Spec, host: &HostFacts) -> Result<Namespaces> {
         sysctls(linux, &namespaces)?;
         unsupported(linux)?;
         mount_label(linux, host)?;
-    } else if !namespaces.has(Kind::Mount) {
-        return Err(Error::unsupported(
-            "linux.namespaces: a container without its own mount namespace is not supported",
-        ));
     }
     for mount in spec.mounts().iter().flatten() {
         check_mount(mount, &namespaces)?;
@@ -281,18 +277,13 @@ fn names(spec: &Spec, namespaces: &Namespaces) -> Result<()> {
 }
 
 fn mount_namespace(linux: &Linux, namespaces: &Namespaces) -> Result<()> {
-    if namespaces.creates(Kind::Mount) {
-        return Ok(());
-    }
     let any = |paths: &Option<Vec<String>>| paths.as_ref().is_some_and(|paths| !paths.is_empty());
     if !namespaces.has(Kind::Mount) && (any(linux.masked_paths()) || any(linux.readonly_paths())) {
         return Err(Error::invalid(
             "unable to restrict sys entries without a private MNT namespace",
         ));
     }
-    Err(Error::unsupported(
-        "linux.namespaces: a container without its own mount namespace is not supported",
-    ))
+    Ok(())
 }
 
 fn user_namespace(linux: &Linux, namespaces: &Namespaces) -> Result<()> {
@@ -577,8 +568,11 @@ mod tests {
                 "duplicated ns",
             ),
             (
-                |c| c["linux"]["namespaces"] = json!([{"type": "pid"}]),
-                "mount namespace",
+                |c| {
+                    c["linux"]["namespaces"] = json!([{"type": "pid"}]);
+                    c["linux"]["maskedPaths"] = json!(["/proc/kcore"]);
+                },
+                "private MNT namespace",
             ),
             (
                 |c| {

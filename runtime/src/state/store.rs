@@ -483,6 +483,7 @@ mod tests {
             private_pid_namespace: true,
             rootless_cgroups: false,
             no_new_keyring: false,
+            mounts: Vec::new(),
         }
     }
 
