@@ -13,19 +13,20 @@ DESTDIR          ?=
 PREFIX           ?= /usr/local
 
 BINARIES := coracle containerd-shim-coracle-v2 coracled
-TOOLS    := fixtures probe demo bench
+TOOLS    := fixtures probe demo bench vm
 
 # Every tool is found by absolute path, whatever the working directory of a test.
 BIN_DIR  := $(abspath $(OUT))
 RUN_ENV  := CORACLE_CACHE="$(CORACLE_CACHE)" CORACLE_BIN_DIR="$(BIN_DIR)"
 
-.PHONY: help build tools run test bench check install clean deps \
+.PHONY: help build tools run test test-host test-vm bench check install clean deps \
     check-format check-lints check-units check-architecture check-dependencies
 
 help:
 	@echo 'make build     release binaries in $(OUT)'
 	@echo 'make run       a pod from a loopback registry, end to end (ONCE=1: then stop)'
 	@echo 'make test      the end-to-end tests, as root; TEST=name: those whose name holds it'
+	@echo 'make test-vm   those that need cgroup v2, systemd, AppArmor or CRIU, in a guest'
 	@echo 'make bench     measurements against runc, crun and containerd, in $(CARGO_TARGET_DIR)/bench'
 	@echo 'make check     format, lints, unit tests, architecture, licences'
 	@echo 'make install   binaries and systemd unit under DESTDIR and PREFIX'
@@ -50,10 +51,22 @@ deps:
 run: deps build tools
 	@$(RUN_ENV) $(OUT)/demo $(if $(ONCE),--once)
 
+# Both parts, also when the first fails. A name asks for the tests of this machine alone.
+test:
+	@$(MAKE) --no-print-directory -k test-host $(if $(TEST),,test-vm)
+
 # One test at a time: they share the machine's network, cgroups and mount table.
-test: deps build tools
+test-host: deps build tools
 	$(RUN_ENV) CORACLE_FIXTURES="$$($(RUN_ENV) $(OUT)/fixtures storage)" RUST_LIB_BACKTRACE=0 \
 	    $(CARGO) test --locked -p coracle-integration --no-fail-fast -- --test-threads=1 $(TEST)
+
+# What is run in the guest: its own tests, and those of the runtime that say something new there.
+VM_TESTS := --test 'vm_*' --test runtime_cli --test runtime_regressions --test cgroup_kernel
+
+test-vm: deps build tools
+	$(CARGO) test --locked --no-run --message-format=json -p coracle -p coracle-integration \
+	    $(VM_TESTS) > $(OUT)/vm-tests.json
+	$(RUN_ENV) $(OUT)/vm test --tests $(OUT)/vm-tests.json $(if $(TEST),--filter $(TEST))
 
 bench: deps build tools
 	@$(RUN_ENV) $(OUT)/bench --out $(CARGO_TARGET_DIR)/bench $(BENCH_ARGS)

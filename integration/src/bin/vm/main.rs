@@ -5,6 +5,7 @@
 //! vm exec NAME [--env K=V]... [--cwd DIR] [--timeout SECONDS] -- COMMAND...
 //! vm down NAME
 //! vm image [--with PACKAGE]...
+//! vm test --tests MESSAGES_OF_CARGO [--filter NAME]... [--minutes N]
 //! ```
 #![forbid(unsafe_code)]
 
@@ -16,6 +17,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use coracle_integration::vm::guest::{self, Machine, Share};
 use coracle_integration::vm::image::Image;
+use coracle_integration::vm::lane::Lane;
 use coracle_integration::vm::wire::{Ended, Kind, Request};
 use coracle_integration::vm::{agent, client};
 
@@ -31,11 +33,14 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &[String]) -> Result<ExitCode> {
-    let (verb, rest) = args.split_first().context("up, exec, down or image")?;
+    let (verb, rest) = args
+        .split_first()
+        .context("up, exec, down, image or test")?;
     match verb.as_str() {
         "up" => up(rest)?,
         "exec" => return exec(rest),
         "down" => guest::stop(&directory(rest.first().context("a name is missing")?))?,
+        "test" => return test(rest),
         "image" => println!("{}", Image::get(&Asked::parse(rest)?.with)?.disk.display()),
         // The guest's side.
         "agent" => agent::serve()?,
@@ -43,7 +48,7 @@ fn run(args: &[String]) -> Result<ExitCode> {
             let (cgroup, argv) = rest.split_first().context("a cgroup is missing")?;
             agent::enter_and_exec(Path::new(cgroup), argv)?;
         }
-        _ => bail!("{verb}: there are up, exec, down and image"),
+        _ => bail!("{verb}: there are up, exec, down, image and test"),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -54,6 +59,9 @@ struct Asked {
     with: Vec<String>,
     machine: Machine,
     request: Request,
+    tests: Option<PathBuf>,
+    filters: Vec<String>,
+    minutes: Option<u64>,
 }
 
 impl Asked {
@@ -94,6 +102,9 @@ impl Asked {
                 let (key, value) = value.split_once('=').context("KEY=VALUE")?;
                 self.request.env.push((key.to_owned(), value.to_owned()));
             }
+            "--tests" => self.tests = Some(value.into()),
+            "--filter" => self.filters.push(value.to_owned()),
+            "--minutes" => self.minutes = Some(value.parse()?),
             "--cwd" => self.request.cwd = Some(value.to_owned()),
             "--timeout" => self.request.seconds = Some(value.parse()?),
             _ => bail!("no such flag"),
@@ -121,6 +132,20 @@ fn up(args: &[String]) -> Result<()> {
         bail!("the guest cannot run a command: {ended:?}");
     }
     Ok(())
+}
+
+fn test(args: &[String]) -> Result<ExitCode> {
+    let asked = Asked::parse(args)?;
+    let lane = Lane {
+        tests: asked.tests.context("--tests is missing")?,
+        filters: asked.filters,
+        limit: Duration::from_secs(60 * asked.minutes.unwrap_or(25)),
+    };
+    Ok(if lane.run()? {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn exec(args: &[String]) -> Result<ExitCode> {
