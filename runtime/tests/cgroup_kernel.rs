@@ -46,6 +46,15 @@ fn spec(path: &str, resources: &Value) -> Spec {
         .spec
 }
 
+/// On a hybrid host the controllers are bound to v1 and missing in the private view of v2.
+fn has_memory_controller() -> bool {
+    let of_v2 = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
+    match cgroup::detect().unwrap() {
+        CgroupMode::V1 { .. } => true,
+        _ => of_v2.is_ok_and(|names| names.split_whitespace().any(|name| name == "memory")),
+    }
+}
+
 /// A plan under a name of this process's own.
 fn plan(name: &str, resources: &Value) -> CgroupPlan {
     let path = format!("/coracle-test-{}/{name}", std::process::id());
@@ -451,7 +460,7 @@ fn oom_kill_is_seen() {
     if skipped("oom_kill_is_seen") {
         return;
     }
-    if !matches!(cgroup::detect().unwrap(), CgroupMode::V1 { .. }) {
+    if !has_memory_controller() {
         say_skipped("oom_kill_is_seen: no memory controller in this view");
         return;
     }
@@ -506,7 +515,7 @@ fn v2_missing_controller_names_the_field() {
     if skipped("v2_missing_controller_names_the_field") {
         return;
     }
-    if std::env::var_os(V2_VIEW).is_none() {
+    if std::env::var_os(V2_VIEW).is_none() || has_memory_controller() {
         return;
     }
     for (resources, want) in [

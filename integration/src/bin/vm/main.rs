@@ -126,7 +126,7 @@ fn up(args: &[String]) -> Result<()> {
         argv: vec!["true".into()],
         ..Request::default()
     };
-    let ended = client::exec(&dir, request, Duration::from_secs(300), &mut |_, _| Ok(()))
+    let ended = client::exec(&dir, request, Duration::from_secs(900), &mut |_, _| Ok(()))
         .with_context(|| format!("see {}/console", dir.display()))?;
     if ended != Ended::Code(0) {
         bail!("the guest cannot run a command: {ended:?}");
