@@ -21,6 +21,7 @@ use rustix::thread::ThreadNameSpaceType;
 use crate::cgroup::Cgroup;
 use crate::console::{self, ConsoleSocket};
 use crate::error::{Error, Kind, Result};
+use crate::host;
 use crate::init::identity::{self, LabelFiles};
 use crate::init::resolve::Root;
 use crate::init::{self, Never, program};
@@ -71,6 +72,8 @@ pub fn join(request: Request<'_>) -> Result<Joined> {
     let namespaces = Namespaces::of(request.record)?;
     if namespaces.user {
         plan.setgroups = setgroups_allowed(request.record.init_pid)?;
+    } else if host::in_user_namespace() {
+        plan.setgroups = host::setgroups_allowed();
     }
     let cgroup = Cgroup::open(&request.record.cgroup).exec_subpath(request.cgroups)?;
     let keyring = (!request.record.no_new_keyring)

@@ -71,6 +71,8 @@ fn make_node(parent: &OwnedFd, step: &NodeStep) -> Result<()> {
     match rustix::fs::mknodat(parent, &step.name, file_type, mode, device) {
         Ok(()) => {}
         Err(Errno::EXIST) => return verify(parent, step),
+        // The runtime itself is in a user namespace, as under rootless engines.
+        Err(Errno::PERM) if step.file_type != libc::S_IFIFO => return bind_node(parent, step),
         Err(error) => return Err(at("mknodat", &step.name, error)),
     }
     if step.uid == 0 && step.gid == 0 {

@@ -213,8 +213,11 @@ fn stdio_to(uid: u32) -> Result<()> {
 fn set_ids(plan: &ProcessPlan) -> Result<()> {
     if plan.setgroups {
         let groups: Vec<Gid> = plan.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
-        rustix::thread::set_thread_groups(&groups)
-            .map_err(|error| Error::system("setgroups", format!("{:?}", plan.groups), error))?;
+        match rustix::thread::set_thread_groups(&groups) {
+            Err(Errno::PERM) if plan.joined_user && groups.is_empty() => {}
+            set => set
+                .map_err(|error| Error::system("setgroups", format!("{:?}", plan.groups), error))?,
+        }
     } else if !plan.groups.is_empty() {
         return Err(Error::unsupported(
             "cannot set any additional groups in a rootless container",

@@ -27,15 +27,21 @@ pub struct Maps<'a> {
 /// # Errors
 /// The kernel, or newuidmap(1), refuses the mapping.
 pub fn write(pid: i32, maps: Maps<'_>, host: &HostFacts) -> Result<()> {
-    if !host.is_root() && maps.setgroups {
-        helper("newuidmap", pid, maps.uid)?;
-        return helper("newgidmap", pid, maps.gid);
-    }
     if !maps.setgroups {
         write_file(pid, "setgroups", "deny")?;
     }
-    write_file(pid, "uid_map", maps.uid)?;
-    write_file(pid, "gid_map", maps.gid)
+    for (file, text, program) in [
+        ("uid_map", maps.uid, "newuidmap"),
+        ("gid_map", maps.gid, "newgidmap"),
+    ] {
+        match write_file(pid, file, text) {
+            Err(error) if error.errno() == Some(libc::EPERM) && !host.is_root() => {
+                helper(program, pid, text)?;
+            }
+            written => written?,
+        }
+    }
+    Ok(())
 }
 
 fn write_file(pid: i32, name: &str, text: &str) -> Result<()> {
@@ -55,14 +61,23 @@ fn helper(program: &str, pid: i32, map: &str) -> Result<()> {
         .arg(pid.to_string())
         .args(map.split_whitespace())
         .output()
-        .map_err(|error| Error::system("run", program, error))?;
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::unsupported(format!(
+                "mapping tool not present: {program} is not in $PATH, and other ids than one's \
+                 own are mapped by it only"
+            )),
+            _ => Error::system("run", program, error),
+        })?;
     if output.status.success() {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&output.stderr)
         .trim_end()
         .to_owned();
-    Err(Error::unsupported(format!("{program}: {text}")))
+    // Its own name starts its messages.
+    Err(Error::unsupported(format!(
+        "failed to use {program} on {pid}: {text}"
+    )))
 }
 
 /// A user namespace with these maps and no process in it.

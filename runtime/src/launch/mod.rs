@@ -130,7 +130,7 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
     let rootless = match request.global.rootless {
         Rootless::True => true,
         Rootless::False => false,
-        Rootless::Auto => !host.is_root(),
+        Rootless::Auto => !host.is_root() || host.in_user_namespace,
     };
     let cgroup_options = PlanOptions {
         systemd_cgroup: request.global.systemd_cgroup,
@@ -271,10 +271,23 @@ fn owner(uid: u32) -> String {
     if uid == 0 {
         return "root".to_owned();
     }
-    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid));
-    user.ok()
-        .flatten()
-        .map_or_else(|| uid.to_string(), |user| user.name)
+    std::fs::File::open("/etc/passwd")
+        .ok()
+        .and_then(|file| user_name(std::io::BufReader::new(file), uid))
+        .unwrap_or_else(|| uid.to_string())
+}
+
+/// getpwuid(3) would load what nsswitch.conf names into a static program, and may crash in it.
+fn user_name(passwd: impl std::io::BufRead, uid: u32) -> Option<String> {
+    passwd
+        .lines()
+        .map_while(std::result::Result::ok)
+        .find_map(|line| {
+            let mut fields = line.split(':');
+            let name = fields.next()?;
+            let id: u32 = fields.nth(1)?.parse().ok()?;
+            (id == uid).then(|| name.to_owned())
+        })
 }
 
 /// A started child and what belongs to it, before its directory is unlocked.
@@ -611,5 +624,18 @@ impl Launched {
             &self.plan.hooks,
             &self.state,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn user_names() {
+        let passwd = "root:x:0:0::/root:/bin/sh\nbad\n\nu:x:7:8::/:\n";
+        for (uid, want) in [(0, Some("root")), (7, Some("u")), (8, None)] {
+            assert_eq!(user_name(passwd.as_bytes(), uid).as_deref(), want);
+        }
     }
 }

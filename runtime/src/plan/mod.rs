@@ -107,6 +107,7 @@ impl Plan {
         // Containers share seccomp, labels and the rest with every later exec; only here does the
         // user namespace decide whether groups can be set.
         process.setgroups = namespaces.setgroups_allowed;
+        process.joined_user = namespaces.joined_user;
         // "execCPUAffinity" is what it says.
         (process.initial_affinity, process.final_affinity) = (None, None);
         let paths = |list: Option<&Vec<String>>| -> Result<Vec<CString>> {
@@ -265,6 +266,8 @@ mod tests {
             },
             euid,
             egid: euid,
+            in_user_namespace: false,
+            setgroups: true,
             apparmor: false,
             selinux: false,
         }
@@ -359,15 +362,21 @@ mod tests {
     }
 
     #[test]
-    fn own_id_alone_costs_setgroups() {
-        let plan = plan(1000, |config| {
-            user_namespace(config);
-            for map in ["uidMappings", "gidMappings"] {
-                config["linux"][map] = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
-            }
-        })
-        .unwrap();
-        assert!(!plan.process.setgroups);
+    fn own_gid_alone_costs_setgroups() {
+        for (maps, setgroups) in [
+            (&["uidMappings", "gidMappings"][..], false),
+            (&["gidMappings"], false),
+            (&["uidMappings"], true),
+        ] {
+            let plan = plan(1000, |config| {
+                user_namespace(config);
+                for map in maps {
+                    config["linux"][map] = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
+                }
+            })
+            .unwrap();
+            assert_eq!(plan.process.setgroups, setgroups, "{maps:?}");
+        }
     }
 
     #[test]

@@ -85,12 +85,11 @@ impl NamespacePlan {
             plan.gid_map = id_map(&plan.gid_mappings);
             plan.time_offsets = time_offsets(linux.time_offsets().as_ref());
         }
-        // An unprivileged caller writes a map of its own id only, and loses setgroups(2) by it; more
-        // ids take newuidmap(1) and newgidmap(1), which keep it.
-        let own = |mappings: &[LinuxIdMapping], id: u32| matches!(mappings, [one] if one.host_id() == id && one.size() == 1);
-        plan.setgroups_allowed = !plan.new_user
-            || host.is_root()
-            || !(own(&plan.uid_mappings, host.euid) && own(&plan.gid_mappings, host.egid));
+        // An unprivileged caller writes a map of its own gid only, and loses setgroups(2) by it; more
+        // take newgidmap(1), which keeps it.
+        let own = matches!(plan.gid_mappings.as_slice(),
+            [one] if one.host_id() == host.egid && one.size() == 1);
+        plan.setgroups_allowed = host.setgroups && (!plan.new_user || host.is_root() || !own);
         Ok(plan)
     }
 

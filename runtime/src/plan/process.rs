@@ -40,6 +40,8 @@ pub struct ProcessPlan {
     pub gid: u32,
     pub groups: Vec<u32>,
     pub setgroups: bool,
+    /// The user namespace is another's, who may have given up setgroups(2).
+    pub joined_user: bool,
     pub umask: Option<u32>,
     pub capabilities: CapabilityMasks,
     pub no_new_privileges: bool,
@@ -115,6 +117,7 @@ impl ProcessPlan {
             gid: user.gid(),
             groups: user.additional_gids().clone().unwrap_or_default(),
             setgroups: true,
+            joined_user: false,
             umask: user.umask(),
             capabilities: process
                 .capabilities()

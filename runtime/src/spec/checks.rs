@@ -68,7 +68,7 @@ pub(super) fn all(spec: &Spec, host: &HostFacts) -> Result<Namespaces> {
         mount_label(linux, host)?;
     }
     for mount in spec.mounts().iter().flatten() {
-        check_mount(mount, &namespaces)?;
+        check_mount(mount, &namespaces, host)?;
     }
     hooks(spec)?;
     Ok(namespaces)
@@ -403,7 +403,7 @@ fn mount_label(linux: &Linux, host: &HostFacts) -> Result<()> {
     ))
 }
 
-fn check_mount(mount: &Mount, namespaces: &Namespaces) -> Result<()> {
+fn check_mount(mount: &Mount, namespaces: &Namespaces, host: &HostFacts) -> Result<()> {
     let at = mount.destination().display();
     if mount.destination().as_os_str().is_empty() {
         return Err(Error::invalid("mounts: destination must not be empty"));
@@ -412,7 +412,7 @@ fn check_mount(mount: &Mount, namespaces: &Namespaces) -> Result<()> {
     let (uids, gids) = (any(mount.uid_mappings()), any(mount.gid_mappings()));
     if uids != gids {
         return Err(Error::invalid(format!(
-            "invalid mount {at}: id-mapped mount needs both uidMappings and gidMappings"
+            "invalid mount {at}: id-mapped mounts must have both uid and gid mappings specified"
         )));
     }
     let options = crate::plan::options::parse(mount.options().as_deref().unwrap_or_default());
@@ -422,6 +422,11 @@ fn check_mount(mount: &Mount, namespaces: &Namespaces) -> Result<()> {
         if !bind {
             return Err(Error::invalid(format!(
                 "invalid mount {at}: id-mapped mounts are only supported for bind-mounts"
+            )));
+        }
+        if !host.is_root() {
+            return Err(Error::unsupported(format!(
+                "invalid mount {at}: id-mapped mounts are not supported for rootless containers"
             )));
         }
         if !uids && !namespaces.has(Kind::User) {
@@ -482,6 +487,8 @@ mod tests {
             },
             euid: 0,
             egid: 0,
+            in_user_namespace: false,
+            setgroups: true,
             apparmor: false,
             selinux: false,
         }
