@@ -20,6 +20,10 @@ use super::wire::{self, Ended, Kind, Request};
 /// How long a command's outputs are read on after its end: what it left running may hold them.
 const AFTERMATH: Duration = Duration::from_millis(150);
 
+/// How often a port is looked at that no host is connected to.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
 /// Serves every port; returns only when something is wrong.
 pub fn serve() -> Result<()> {
     mount_shares(&fs::read_to_string("/proc/cmdline")?)?;
@@ -123,13 +127,17 @@ fn serve_port(device: &Path, index: usize, parent: &Path) -> Result<()> {
 
 impl Port {
     fn wait_for_request(&mut self) -> Result<Request> {
+        let idle_since = Instant::now();
         loop {
             match self.listen(1000)? {
                 Heard::Request(request) => return Ok(request),
                 Heard::Nothing => {}
                 // Nothing wakes us when the host comes back: a port without a host is always
-                // ready to say so.
-                Heard::Gone => std::thread::sleep(Duration::from_millis(50)),
+                // ready to say so. The longer it was away, the less often we look.
+                Heard::Gone => {
+                    let pause = idle_since.elapsed() / 20;
+                    std::thread::sleep(pause.clamp(SHORTEST_PAUSE, LONGEST_PAUSE));
+                }
             }
         }
     }
