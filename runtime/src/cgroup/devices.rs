@@ -23,7 +23,7 @@ impl Access {
     pub const READ: Access = Access(1);
     pub const WRITE: Access = Access(2);
     pub const MKNOD: Access = Access(4);
-    const ALL: Access = Access(7);
+    pub const ALL: Access = Access(7);
 
     /// Other letters mean nothing, as with runc, unless there is nothing else.
     fn parse(text: &str) -> Option<Access> {

@@ -1,19 +1,27 @@
 //! The v2 device filter: device rules as a BPF program of type CGROUP_DEVICE. Pure.
 //!
 //! ```text
-//! r2 = type, r3 = access, r4 = major, r5 = minor
-//! for each exception:  unless it covers (type, access, major, minor) -> next;  return !default
+//! r2 = type, r3 = access, r4 = major << 20 | minor, r5 = major
+//! for each kind of device:  another kind -> next
+//!     for each exception:   unless it covers (access, device) -> next;  return !default
 //! return default
 //! ```
+//!
+//! What the verifier does at every start grows with the conditional jumps: a device of which
+//! everything is allowed costs one.
 
 use super::devices::{Access, DeviceKind, DeviceRules, Match};
 
 // <linux/bpf_common.h>, <linux/bpf.h>
 const LOAD_WORD: u8 = 0x61;
 const AND32_IMM: u8 = 0x54;
+const OR32_REG: u8 = 0x4c;
+const SHIFT_LEFT32_IMM: u8 = 0x64;
 const SHIFT_RIGHT32_IMM: u8 = 0x74;
+const MOVE32_IMM: u8 = 0xb4;
 const MOVE32_REG: u8 = 0xbc;
 const MOVE64_IMM: u8 = 0xb7;
+const JUMP_EQUAL_IMM: u8 = 0x15;
 const JUMP_UNEQUAL_IMM: u8 = 0x55;
 const JUMP_UNEQUAL_REG: u8 = 0x5d;
 const EXIT: u8 = 0x95;
@@ -23,6 +31,14 @@ const CHAR: i32 = 2;
 const MKNOD: i32 = 1;
 const READ: i32 = 2;
 const WRITE: i32 = 4;
+
+/// A device number as the kernel keeps it: 12 bits and 20 bits (MINORBITS).
+const MINOR_BITS: i32 = 20;
+const MAX_MAJOR: u32 = 0xfff;
+const MAX_MINOR: u32 = 0xf_ffff;
+
+/// Exceptions that one test of the kind covers: jumps have 16 bits.
+const GROUP: usize = 1000;
 
 /// `struct bpf_insn` as the kernel reads it from memory.
 fn instruction(code: u8, dst: u8, src: u8, offset: i16, immediate: i32) -> u64 {
@@ -52,23 +68,49 @@ pub(super) fn assemble(rules: &DeviceRules) -> Vec<u64> {
         instruction(AND32_IMM, 2, 0, 0, 0xffff),
         instruction(LOAD_WORD, 3, 1, 0, 0),
         instruction(SHIFT_RIGHT32_IMM, 3, 0, 0, 16),
-        instruction(LOAD_WORD, 4, 1, 4, 0),
-        instruction(LOAD_WORD, 5, 1, 8, 0),
+        instruction(LOAD_WORD, 5, 1, 4, 0),
+        instruction(LOAD_WORD, 4, 1, 8, 0),
+        instruction(MOVE32_REG, 1, 5, 0, 0),
+        instruction(SHIFT_LEFT32_IMM, 1, 0, 0, MINOR_BITS),
+        instruction(OR32_REG, 4, 1, 0, 0),
     ];
-    for (device, access) in &rules.exceptions {
-        program.extend(exception(*device, *access, !rules.default_allow));
+    for (kind, number) in [(DeviceKind::Char, CHAR), (DeviceKind::Block, BLOCK)] {
+        let mut exceptions: Vec<_> = rules
+            .exceptions
+            .iter()
+            .filter(|(device, _)| device.kind == kind && exists(**device))
+            .collect();
+        // One that covers all leaves nothing to the others: the verifier refuses code that no jump
+        // reaches.
+        if let Some(at) = exceptions.iter().position(|found| covers_all(*found)) {
+            exceptions = vec![exceptions[at]];
+        }
+        for group in exceptions.chunks(GROUP) {
+            let mut block = Vec::with_capacity(group.len() * 4);
+            for (device, access) in group {
+                block.extend(exception(**device, **access, !rules.default_allow));
+            }
+            let past = block.len() as i16;
+            program.push(instruction(JUMP_UNEQUAL_IMM, 2, 0, past, number));
+            program.extend(block);
+        }
     }
     program.extend(answer(rules.default_allow));
     program
 }
 
+/// Whether any device has these numbers; a rule for another would cover one that it does not name.
+fn exists(device: Match) -> bool {
+    device.major.is_none_or(|major| major <= MAX_MAJOR)
+        && device.minor.is_none_or(|minor| minor <= MAX_MINOR)
+}
+
+fn covers_all((device, access): (&Match, &Access)) -> bool {
+    device.major.is_none() && device.minor.is_none() && access.is_all()
+}
+
+/// At most 9 instructions.
 fn exception(device: Match, access: Access, allow: bool) -> Vec<u64> {
-    let kind = match device.kind {
-        DeviceKind::Block => BLOCK,
-        DeviceKind::Char => CHAR,
-    };
-    // Tests as (code, dst, src, immediate); each jumps past the answer when it fails.
-    let mut tests = vec![(JUMP_UNEQUAL_IMM, 2, 0, kind)];
     let mut mask = 0;
     for (letter, bit) in [
         (Access::READ, READ),
@@ -79,6 +121,8 @@ fn exception(device: Match, access: Access, allow: bool) -> Vec<u64> {
             mask |= bit;
         }
     }
+    // Tests as (code, dst, src, immediate); each jumps past the answer when it fails.
+    let mut tests = Vec::with_capacity(7);
     if !access.is_all() {
         // An allowed access must lie within the mask; a denied one is any that touches it.
         tests.push((MOVE32_REG, 1, 3, 0));
@@ -89,17 +133,30 @@ fn exception(device: Match, access: Access, allow: bool) -> Vec<u64> {
             tests.push((JUMP_EQUAL_IMM, 1, 0, 0));
         }
     }
-    // Device numbers have 12 and 20 bits: they fit the signed immediate.
-    for (register, number) in [(4, device.major), (5, device.minor)] {
-        if let Some(number) = number {
-            tests.push((JUMP_UNEQUAL_IMM, register, 0, number.cast_signed()));
+    match (device.major, device.minor) {
+        (Some(major), Some(minor)) => {
+            let number = (major << MINOR_BITS | minor).cast_signed();
+            if number >= 0 {
+                tests.push((JUMP_UNEQUAL_IMM, 4, 0, number));
+            } else {
+                // The immediate of a 64-bit comparison is signed.
+                tests.push((MOVE32_IMM, 1, 0, number));
+                tests.push((JUMP_UNEQUAL_REG, 4, 1, 0));
+            }
         }
+        (Some(major), None) => tests.push((JUMP_UNEQUAL_IMM, 5, 0, major.cast_signed())),
+        (None, Some(minor)) => {
+            tests.push((MOVE32_REG, 1, 4, 0));
+            tests.push((AND32_IMM, 1, 0, MAX_MINOR.cast_signed()));
+            tests.push((JUMP_UNEQUAL_IMM, 1, 0, minor.cast_signed()));
+        }
+        (None, None) => {}
     }
     let count = tests.len();
     let mut block = Vec::with_capacity(count + 2);
     for (index, (code, dst, src, immediate)) in tests.into_iter().enumerate() {
         let jumps = matches!(code, JUMP_UNEQUAL_IMM | JUMP_UNEQUAL_REG | JUMP_EQUAL_IMM);
-        // Past the remaining tests and the two instructions of the answer; at most 7.
+        // Past the remaining tests and the two instructions of the answer.
         let offset = if jumps {
             (count - index - 1 + 2) as i16
         } else {
@@ -110,8 +167,6 @@ fn exception(device: Match, access: Access, allow: bool) -> Vec<u64> {
     block.extend(answer(allow));
     block
 }
-
-const JUMP_EQUAL_IMM: u8 = 0x15;
 
 #[cfg(test)]
 mod tests {
@@ -140,6 +195,18 @@ mod tests {
                 }
                 SHIFT_RIGHT32_IMM => {
                     r[dst] = u64::from(r[dst] as u32 >> imm);
+                    false
+                }
+                OR32_REG => {
+                    r[dst] = u64::from(r[dst] as u32 | r[src] as u32);
+                    false
+                }
+                SHIFT_LEFT32_IMM => {
+                    r[dst] = u64::from((r[dst] as u32) << imm);
+                    false
+                }
+                MOVE32_IMM => {
+                    r[dst] = u64::from(imm as u32);
                     false
                 }
                 MOVE32_REG => {
@@ -222,5 +289,74 @@ mod tests {
         assert!(!run(&program, BLOCK, WRITE, 10, 229));
         // The default rules give mknod back.
         assert!(run(&program, BLOCK, MKNOD, 10, 229));
+    }
+
+    #[test]
+    fn numbers_at_the_edges() {
+        let all = Access::READ;
+        for (major, minor) in [
+            (Some(2047), Some(MAX_MINOR)),
+            (Some(2048), Some(0)),
+            (Some(MAX_MAJOR), Some(MAX_MINOR)),
+            (Some(MAX_MAJOR), None),
+            (None, Some(MAX_MINOR)),
+        ] {
+            let mut rules = DeviceRules::default();
+            rules
+                .exceptions
+                .insert(device(DeviceKind::Char, major, minor), all);
+            let program = assemble(&rules);
+            let (at, sub) = (major.unwrap_or(7), minor.unwrap_or(7));
+            assert!(run(&program, CHAR, READ, at, sub), "{major:?}:{minor:?}");
+            assert!(!run(&program, BLOCK, READ, at, sub), "{major:?}:{minor:?}");
+            assert!(!run(&program, CHAR, READ, 1, 1), "{major:?}:{minor:?}");
+            assert!(!run(&program, CHAR, WRITE, at, sub), "{major:?}:{minor:?}");
+        }
+    }
+
+    #[test]
+    fn number_of_no_device_matches_none() {
+        let mut rules = DeviceRules::default();
+        // 4096 << 20 is 0:0 in 32 bits.
+        rules.exceptions.insert(
+            device(DeviceKind::Char, Some(MAX_MAJOR + 1), Some(0)),
+            Access::READ,
+        );
+        assert!(!run(&assemble(&rules), CHAR, READ, 0, 0));
+    }
+
+    #[test]
+    fn rule_for_all_stands_alone() {
+        let mut rules = DeviceRules::default();
+        for (minor, access) in [(None, Access::ALL), (Some(3), Access::READ)] {
+            let major = minor.map(|_| 1);
+            rules
+                .exceptions
+                .insert(device(DeviceKind::Char, major, minor), access);
+        }
+        let program = assemble(&rules);
+        // Loads, the test of the kind, the answer, the default.
+        assert_eq!(program.len(), 9 + 1 + 2 + 2);
+        assert!(run(&program, CHAR, READ | WRITE, 99, 9));
+        assert!(!run(&program, BLOCK, READ, 99, 9));
+    }
+
+    #[test]
+    fn more_devices_than_a_jump_reaches() {
+        let mut rules = DeviceRules::default();
+        for minor in 0..20_000 {
+            rules.exceptions.insert(
+                device(DeviceKind::Char, Some(240), Some(minor)),
+                Access::READ,
+            );
+        }
+        rules
+            .exceptions
+            .insert(device(DeviceKind::Block, Some(8), Some(1)), Access::READ);
+        let program = assemble(&rules);
+        assert!(run(&program, CHAR, READ, 240, 19_999));
+        assert!(!run(&program, CHAR, READ, 240, 20_000));
+        assert!(run(&program, BLOCK, READ, 8, 1));
+        assert!(!run(&program, BLOCK, READ, 240, 5));
     }
 }

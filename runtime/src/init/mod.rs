@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use coracle_oci::spec::{Hook, LinuxNamespaceType, PosixRlimitType};
 use coracle_oci::state::{State, Status};
-use coracle_sys::{clone, exec, network, process as sys};
+use coracle_sys::{clone, exec, process as sys};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::DumpableBehavior;
@@ -27,6 +27,7 @@ use crate::console::{self, Pty};
 use crate::error::{Error, Kind, Result};
 use crate::hooks::{self, Surroundings};
 use crate::launch::channel::Channel;
+use crate::launch::network;
 use crate::launch::process::set_limits;
 use crate::plan::namespaces::JoinStep;
 use crate::plan::{NamespacePlan, Plan, ProcessPlan};
@@ -100,8 +101,10 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
         };
         join_keyring(name, search)?;
     }
-    name_and_network(plan)?;
-    sysctls(&plan.sysctls)?;
+    name_host(plan)?;
+    if plan.namespaces.new_network && !plan.namespaces.network_apart {
+        network::loopback_up()?;
+    }
 
     // The runtime's umask must not cut the modes of what is made for the container.
     rustix::process::umask(Mode::empty());
@@ -113,12 +116,11 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
         Some(tree) => rootfs::attached_root(tree)?,
         None => rootfs::attach_root(&plan.rootfs, parent)?,
     };
-    for (index, step) in plan.mounts.iter().enumerate() {
-        mount::apply(&root, step, (index, parent))?;
+    mount_all(child, &root, parent)?;
+    sysctls(&plan.sysctls)?;
+    if plan.waits_for_limits {
+        child.channel.wait()?;
     }
-    // The parent has written the limits: v1 device rules deny everything for a moment, and no
-    // node can be made then.
-    child.channel.wait()?;
     if plan.dev.setup {
         device::fill(&root, &plan.dev)?;
     }
@@ -315,11 +317,7 @@ pub fn join_keyring(name: &CStr, searchable_by: u32) -> Result<()> {
         .map_err(|error| Error::system("unable to mod keyring permissions", "", error))
 }
 
-fn name_and_network(plan: &Plan) -> Result<()> {
-    if plan.namespaces.new_network {
-        network::loopback_up()
-            .map_err(|error| Error::system("bring up the loopback interface", "", error))?;
-    }
+fn name_host(plan: &Plan) -> Result<()> {
     if let Some(name) = &plan.hostname {
         rustix::system::sethostname(name)
             .map_err(|error| Error::system("sethostname", String::from_utf8_lossy(name), error))?;
@@ -328,6 +326,23 @@ fn name_and_network(plan: &Plan) -> Result<()> {
         rustix::system::setdomainname(name).map_err(|error| {
             Error::system("setdomainname", String::from_utf8_lossy(name), error)
         })?;
+    }
+    Ok(())
+}
+
+/// In the config's order; the network namespace is joined as late as it may be, for the parent is
+/// still making it.
+fn mount_all(child: &Inheritance<'_>, root: &Root, parent: Parent<'_>) -> Result<()> {
+    let mut apart = child.plan.namespaces.network_apart;
+    for (index, step) in child.plan.mounts.iter().enumerate() {
+        if apart && network::shows_in(step) {
+            network::join(child.channel)?;
+            apart = false;
+        }
+        mount::apply(root, step, (index, parent))?;
+    }
+    if apart {
+        network::join(child.channel)?;
     }
     Ok(())
 }

@@ -101,7 +101,8 @@ fn read_home(uid: u32) -> Option<Vec<u8>> {
     )
 }
 
-fn home_in(passwd: impl BufRead, uid: u32) -> Option<Vec<u8>> {
+/// The home of the first line with this uid, unless it would not be one clean line itself.
+pub fn home_in(passwd: impl BufRead, uid: u32) -> Option<Vec<u8>> {
     for line in passwd.split(b'\n') {
         let line = line.ok()?;
         let mut fields = line.split(|byte| *byte == b':');

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! parent --Continue-> child       the id maps are written (user namespaces only)
-//! parent --Continue-> child       the limits are written
+//! parent --Network--> child       the network namespace, where it is made apart
+//! parent --Continue-> child       the limits are written (cgroup v1 only)
 //! parent <--Mount--- child        map the ids of this tree, then Served
 //! parent <-Unreachable- child     open a mount's source, then Tree
 //! parent <--Hooks--- child        the mounts stand: prestart and createRuntime now, then Continue
@@ -16,7 +17,7 @@
 //! SOCK_SEQPACKET keeps the messages apart; plain read and write keep them within what the
 //! tightest seccomp profile allows, since the last ones pass after the filter is on.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -48,6 +49,8 @@ pub enum Report {
     Unreachable(Option<usize>, OwnedFd),
     /// The parent's: go on.
     Continue,
+    /// The parent's: the network namespace to join.
+    Network(OwnedFd),
     /// The parent's: a request is served.
     Served,
     /// What was opened for one that could not.
@@ -67,8 +70,9 @@ pub enum Report {
 #[derive(Debug)]
 pub struct Channel {
     socket: OwnedFd,
-    /// Child: words to go on that came before an answer.
+    /// Child: words to go on that came before an answer, and a network namespace that did.
     ahead: Cell<u32>,
+    network: RefCell<Option<OwnedFd>>,
 }
 
 impl Channel {
@@ -87,6 +91,7 @@ impl Channel {
         let end = |socket| Self {
             socket,
             ahead: Cell::new(0),
+            network: RefCell::new(None),
         };
         Ok((end(a), end(b)))
     }
@@ -213,6 +218,9 @@ impl Channel {
         loop {
             match self.next()? {
                 Report::Continue => self.ahead.set(self.ahead.get() + 1),
+                Report::Network(namespace) => {
+                    self.network.replace(Some(namespace));
+                }
                 Report::Closed => return Err(parent_is_gone()),
                 answer => return Ok(answer),
             }
@@ -231,6 +239,27 @@ impl Channel {
     pub fn tree(&self) -> Result<OwnedFd> {
         match self.answer()? {
             Report::Tree(tree) => Ok(tree),
+            _ => Err(broken()),
+        }
+    }
+
+    /// Parent: the network namespace that the child is to join. A child that is gone has left its
+    /// reason to be read, or its end.
+    pub fn send_network(&self, namespace: BorrowedFd<'_>) -> Result<()> {
+        match self.send_fd(b'W', &[], namespace) {
+            Err(error) if error.errno() == Some(libc::EPIPE) => Ok(()),
+            sent => sent,
+        }
+    }
+
+    /// Child: waits for [`Channel::send_network`].
+    pub fn wait_network(&self) -> Result<OwnedFd> {
+        if let Some(namespace) = self.network.take() {
+            return Ok(namespace);
+        }
+        match self.next()? {
+            Report::Network(namespace) => Ok(namespace),
+            Report::Closed => Err(parent_is_gone()),
             _ => Err(broken()),
         }
     }
@@ -290,6 +319,7 @@ fn decode(message: &[u8], fd: Option<OwnedFd>) -> Result<Report> {
             Report::Cloned(i32::from_ne_bytes(pid), fd)
         }
         (b'C', None) => Report::Continue,
+        (b'W', Some(fd)) => Report::Network(fd),
         (b'S', None) => Report::Served,
         (b'F', Some(fd)) => Report::Tree(fd),
         (b'M', Some(fd)) => Report::Mount(number(payload)? as usize, fd),

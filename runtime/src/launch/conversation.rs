@@ -84,6 +84,7 @@ impl<'a> Conversation<'a> {
                 | Report::Cloned(..)
                 | Report::Tree(_)
                 | Report::Continue
+                | Report::Network(_)
                 | Report::Served) => {
                     return Err(Error::new(
                         Kind::Internal,

@@ -15,6 +15,7 @@ pub mod foreground;
 pub mod gate;
 pub mod host_root;
 mod idmap;
+pub mod network;
 pub mod notify;
 pub mod process;
 mod seccomp_agent;
@@ -372,12 +373,17 @@ fn start(
         idmap::write(pid, maps, &host)?;
         channel.proceed()?;
     }
+    if plan.namespaces.network_apart {
+        network::make(&channel)?;
+    }
     cgroup.apply_limits(&cgroup_plan)?;
     if let Some(adjustment) = plan.process.oom_score_adj {
         process::set_oom_score_adj(pid, adjustment)?;
     }
     undo.poststop(&plan, &state);
-    channel.proceed()?;
+    if plan.waits_for_limits {
+        channel.proceed()?;
+    }
     let mut conversation = Conversation {
         channel: &channel,
         seccomp: plan.process.seccomp.as_ref(),
@@ -438,6 +444,7 @@ fn namespaces(plan: &Plan, pid: i32) -> Vec<NamespaceRecord> {
         .filter(|kind| {
             namespaces.joins.iter().any(|join| join.kind == *kind)
                 || namespaces.clone_flags & crate::plan::namespace_flag(*kind) != 0
+                || (*kind == Network && namespaces.new_network)
                 || (*kind == Cgroup && namespaces.new_cgroup)
                 || (*kind == Time && namespaces.new_time)
         })

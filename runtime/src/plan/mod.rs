@@ -17,6 +17,7 @@ use coracle_oci::ContainerId;
 use coracle_oci::record::CgroupRecord;
 use coracle_oci::spec::{Hooks, LinuxNamespaceType as Kind};
 
+use crate::cgroup::CgroupMode;
 use crate::error::{Error, Result};
 use crate::host::HostFacts;
 use crate::spec::CheckedSpec;
@@ -47,6 +48,9 @@ pub struct Plan {
     pub hooks: Hooks,
     /// The program starts only when `start` says so.
     pub gated: bool,
+    /// Device nodes can be made only once the limits are written: between their two writes, v1
+    /// device rules deny everything. A v2 program takes effect as a whole.
+    pub waits_for_limits: bool,
 }
 
 /// The container's root.
@@ -138,6 +142,7 @@ impl Plan {
             hooks: spec.hooks().clone().unwrap_or_default(),
             gated: input.options.gated,
             may_ask: namespaces.has_user() && input.host.is_root(),
+            waits_for_limits: matches!(input.host.cgroup, CgroupMode::V1 { .. }),
             namespaces,
             process,
         })
@@ -255,7 +260,6 @@ pub fn namespace_file(kind: Kind) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cgroup::CgroupMode;
     use serde_json::{Value, json};
 
     fn host(euid: u32) -> HostFacts {

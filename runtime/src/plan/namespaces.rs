@@ -1,7 +1,7 @@
 //! Which namespaces the clone makes, which are joined, and how the ids map. Pure.
 //!
 //! ```text
-//! plain      clone3(all new)                      child joins the rest by setns
+//! plain      clone3(all new but net)              child joins net and the rest by setns
 //! userns     clone3(all new | NEWUSER)            parent writes the maps
 //! both       clone3 -> stage: setns(all paths) -> clone3(CLONE_PARENT | all new)
 //! ```
@@ -42,6 +42,8 @@ pub struct NamespacePlan {
     pub new_user: bool,
     pub joined_user: bool,
     pub new_network: bool,
+    /// Made by the parent while the child mounts: see `crate::launch::network`.
+    pub network_apart: bool,
     pub new_pid: bool,
     pub uid_map: String,
     pub gid_map: String,
@@ -68,6 +70,10 @@ impl NamespacePlan {
             if !matches!(kind, Kind::Cgroup | Kind::Time) {
                 plan.clone_flags |= namespace_flag(*kind);
             }
+        }
+        plan.network_apart = plan.new_network && !plan.has_user();
+        if plan.network_apart {
+            plan.clone_flags &= !namespace_flag(Kind::Network);
         }
         for (kind, path) in wanted.joined() {
             plan.joins.push(JoinStep {
