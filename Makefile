@@ -44,6 +44,7 @@ tools:
 	$(CARGO) build --locked --release --bins -p coracle-fixtures -p coracle-integration
 	@mkdir -p $(OUT)
 	@for b in $(TOOLS); do ln -f $(RELEASE)/$$b $(OUT)/$$b || cp -f $(RELEASE)/$$b $(OUT)/$$b; done
+	@for b in floor peak; do cc -O2 -static -s -Wall -Wextra -o $(OUT)/$$b integration/floor/$$b.c || exit 1; done
 
 deps:
 	@CORACLE_CACHE="$(CORACLE_CACHE)" .ci/deps

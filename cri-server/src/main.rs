@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 use coracle_cri::config::{self, Config, Loaded, Overrides};
 use coracle_cri::daemon::Daemon;
 use coracle_cri::error::{Error, Kind, Result};
+use coracle_cri::spec_builder::seccomp;
 use coracle_cri::streaming::{StreamingConfig, StreamingServer};
 use coracle_cri::streaming_backend::DaemonBackend;
 use coracle_cri::{grpc, listen};
@@ -52,6 +53,13 @@ enum Which {
     Default,
     /// The one in force: defaults, file and flags merged.
     Dump,
+    /// The seccomp profile of RuntimeDefault, as `linux.seccomp` of config.json: something to
+    /// start a profile of one's own from.
+    Seccomp {
+        /// A capability that the container has, such as CAP_SYS_ADMIN; may be repeated.
+        #[arg(long = "cap", value_name = "CAPABILITY")]
+        capabilities: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -65,12 +73,20 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
-    if let Some(Command::Config {
-        which: Which::Default,
-    }) = args.command
-    {
-        print!("{}", config::DEFAULT_TOML);
-        return Ok(());
+    match &args.command {
+        Some(Command::Config {
+            which: Which::Default,
+        }) => {
+            print!("{}", config::DEFAULT_TOML);
+            return Ok(());
+        }
+        Some(Command::Config {
+            which: Which::Seccomp { capabilities },
+        }) => {
+            println!("{:#}", seccomp::default_profile(capabilities));
+            return Ok(());
+        }
+        _ => {}
     }
     let overrides = Overrides {
         root: args.root,

@@ -68,7 +68,8 @@ fn localhost(path: &str) -> Result<Value> {
     serde_json::from_slice(&text).map_err(|e| Error::invalid(field, path).because(e))
 }
 
-fn default_profile(bounding: &[String]) -> Value {
+/// The profile of RuntimeDefault for a container with these capabilities in its bounding set.
+pub fn default_profile(bounding: &[String]) -> Value {
     let facts = &*FACTS;
     let mut rules = vec![json!({"names": facts.allow, "action": "SCMP_ACT_ALLOW"})];
     let mut abis: &[String] = &[];

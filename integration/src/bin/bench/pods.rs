@@ -16,7 +16,7 @@ use coracle_integration::leak;
 
 use crate::cri::{Client, Net, PARENT_CGROUP, Start};
 use crate::runtime::{our, which};
-use crate::series::{Comparison, Series};
+use crate::series::{Comparison, MILLISECONDS, Series};
 
 const CLOCK: &str = "Clock: the three calls RunPodSandbox, CreateContainer, StartContainer as one \
     gRPC client sees them; pids of the container's own. Both with default settings and cgroupfs. \
@@ -150,13 +150,14 @@ fn one(
         series: (0..2)
             .map(|program| Series {
                 program: names[program].clone(),
-                millis: steps[program]
+                samples: steps[program]
                     .iter()
                     .map(|s| of(s).as_secs_f64() * 1e3)
                     .collect(),
             })
             .collect(),
-        goal: None,
+        unit: MILLISECONDS.to_owned(),
+        goals: Vec::new(),
     };
     let parts = [
         part("RunPodSandbox", |s| s.sandbox),

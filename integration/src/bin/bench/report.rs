@@ -29,7 +29,8 @@ fn markdown(comparisons: &[Comparison]) -> String {
         let _ = writeln!(text, "\n### {}\n\n{}\n", comparison.what, comparison.clock);
         let _ = writeln!(
             text,
-            "| program | median ms | 10% | 90% | samples | ours / it | goal |"
+            "| program | median {} | 10% | 90% | samples | ours / it | goal |",
+            comparison.unit
         );
         let _ = writeln!(text, "|---|---|---|---|---|---|---|");
         for (index, series) in comparison.series.iter().enumerate() {
@@ -38,8 +39,12 @@ fn markdown(comparisons: &[Comparison]) -> String {
             } else {
                 format!("{:.2}", comparison.ratio(index))
             };
-            let goal = match &comparison.goal {
-                Some((peer, goal)) if *peer == series.program => {
+            let goal = comparison
+                .goals
+                .iter()
+                .find(|(peer, _)| *peer == series.program);
+            let goal = match goal {
+                Some((_, goal)) => {
                     let met = if comparison.ratio(index) <= *goal {
                         "met"
                     } else {
@@ -47,7 +52,7 @@ fn markdown(comparisons: &[Comparison]) -> String {
                     };
                     format!("<= {goal:.2} {met}")
                 }
-                _ => "-".into(),
+                None => "-".into(),
             };
             let _ = writeln!(
                 text,
@@ -56,7 +61,7 @@ fn markdown(comparisons: &[Comparison]) -> String {
                 series.median(),
                 series.quantile(0.1),
                 series.quantile(0.9),
-                series.millis.len(),
+                series.samples.len(),
             );
         }
     }
@@ -97,7 +102,7 @@ fn svg(comparisons: &[Comparison]) -> String {
                 text,
                 "<text x=\"20\" y=\"{y}\">{}</text><rect x=\"{LABEL}\" y=\"{}\" width=\"{:.1}\" \
                  height=\"14\" fill=\"{fill}\"/><path d=\"M{:.1} {m}H{:.1}\" stroke=\"#333\"/>\
-                 <text x=\"{:.1}\" y=\"{y}\">{mid:.2} ms</text>",
+                 <text x=\"{:.1}\" y=\"{y}\">{mid:.2} {unit}</text>",
                 escape(&series.program),
                 y - 11,
                 mid * scale,
@@ -105,6 +110,7 @@ fn svg(comparisons: &[Comparison]) -> String {
                 LABEL as f64 + high * scale,
                 LABEL as f64 + mid.max(high) * scale + 6.0,
                 m = y - 4,
+                unit = escape(&comparison.unit),
             );
             y += ROW;
         }

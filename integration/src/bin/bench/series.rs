@@ -5,11 +5,11 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-/// One program's samples, in milliseconds, in the order in which they were taken.
+/// One program's samples, in the order in which they were taken; the unit is the comparison's.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Series {
     pub program: String,
-    pub millis: Vec<f64>,
+    pub samples: Vec<f64>,
 }
 
 /// Programs that did the same thing in turn. The first one is ours.
@@ -19,15 +19,19 @@ pub struct Comparison {
     pub what: String,
     /// From where to where the clock ran, and what it therefore leaves out.
     pub clock: String,
+    /// Of every sample: "ms", "KiB", "calls".
+    pub unit: String,
     pub series: Vec<Series>,
-    /// Peer and the ratio of medians that we promise to stay under.
-    pub goal: Option<(String, f64)>,
+    /// Peers, and the ratio of medians to each that we promise to stay under.
+    pub goals: Vec<(String, f64)>,
 }
+
+pub const MILLISECONDS: &str = "ms";
 
 impl Series {
     /// The value that `share` (0 to 1) of the samples do not exceed.
     pub fn quantile(&self, share: f64) -> f64 {
-        let mut sorted = self.millis.clone();
+        let mut sorted = self.samples.clone();
         sorted.sort_by(f64::total_cmp);
         let last = sorted.len().saturating_sub(1);
         sorted
@@ -51,32 +55,48 @@ impl Comparison {
         rounds: usize,
         mut step: impl FnMut(usize, usize) -> Result<Duration>,
     ) -> Result<Comparison> {
+        let millis = |program, round| step(program, round).map(|took| took.as_secs_f64() * 1e3);
+        Self::measure(what, clock, MILLISECONDS, (programs, rounds), millis)
+    }
+
+    /// The same for anything that has a number.
+    pub fn measure(
+        what: &str,
+        clock: &str,
+        unit: &str,
+        (programs, rounds): (&[&str], usize),
+        mut step: impl FnMut(usize, usize) -> Result<f64>,
+    ) -> Result<Comparison> {
         let mut series: Vec<Series> = programs
             .iter()
             .map(|p| Series {
                 program: (*p).to_owned(),
-                millis: Vec::with_capacity(rounds),
+                samples: Vec::with_capacity(rounds),
             })
             .collect();
         for round in 0..=rounds {
             for turn in 0..programs.len() {
                 let program = (turn + round) % programs.len();
-                let took = step(program, round)?;
+                let value = step(program, round)?;
                 if round > 0 {
-                    series[program].millis.push(took.as_secs_f64() * 1e3);
+                    series[program].samples.push(value);
                 }
             }
         }
         Ok(Comparison {
             what: what.to_owned(),
             clock: clock.to_owned(),
+            unit: unit.to_owned(),
             series,
-            goal: None,
+            goals: Vec::new(),
         })
     }
 
+    /// Adds a goal against the first peer whose name begins so; none if it did not take part.
     pub fn goal(mut self, peer: &str, ratio: f64) -> Comparison {
-        self.goal = Some((peer.to_owned(), ratio));
+        let named = self.series.iter().find(|s| s.program.starts_with(peer));
+        self.goals
+            .extend(named.map(|series| (series.program.clone(), ratio)));
         self
     }
 
@@ -101,7 +121,7 @@ mod tests {
         })
         .expect("steps succeed");
         assert_eq!(order, [(0, 0), (0, 1), (1, 1), (1, 0), (2, 0), (2, 1)]);
-        assert_eq!(taken.series[0].millis, [11.0, 12.0]);
+        assert_eq!(taken.series[0].samples, [11.0, 12.0]);
         assert_eq!(taken.series[1].millis, [21.0, 22.0]);
     }
 
@@ -109,7 +129,7 @@ mod tests {
     fn median_ignores_outliers() {
         let series = Series {
             program: "a".into(),
-            millis: vec![900.0, 1.0, 2.0, 3.0, 2.0],
+            samples: vec![900.0, 1.0, 2.0, 3.0, 2.0],
         };
         assert_eq!(series.median(), 2.0);
         assert_eq!(series.quantile(0.0), 1.0);
