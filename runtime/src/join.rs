@@ -10,7 +10,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use coracle_oci::record::ContainerRecord;
+use coracle_oci::record::{CgroupRecord, ContainerRecord};
 use coracle_oci::spec::{Linux, Process};
 use coracle_oci::state::{State, Status};
 use coracle_sys::clone::{Side, exit_now};
@@ -225,7 +225,31 @@ fn place(
                 .make(&cgroup.of_process(record.init_pid)?)
                 .map_err(|_| error)
         }
+        Err(error)
+            if (record.rootless_cgroups || cgroup.has_unit())
+                && matches!(error.errno(), Some(libc::EACCES | libc::EPERM)) =>
+        {
+            without_right(child, cgroup, record, error)
+        }
         made => made,
+    }
+}
+
+/// Who may not write to the cgroups between his own and the container's has systemd move the
+/// process. A container whose cgroup may be out of reach does without.
+fn without_right(
+    child: &Child<'_>,
+    cgroup: &Cgroup,
+    record: &ContainerRecord,
+    error: Error,
+) -> Result<(Channel, i32, OwnedFd)> {
+    let (channel, pid, pidfd) = child.make(&Cgroup::open(&CgroupRecord::None))?;
+    match cgroup.attach_by_unit(pid) {
+        Err(second) if !record.rootless_cgroups => {
+            process::end(pid, pidfd.as_fd())?;
+            Err(error.context(format!("error adding pid {pid} to cgroups ({second:#})")))
+        }
+        _ => Ok((channel, pid, pidfd)),
     }
 }
 

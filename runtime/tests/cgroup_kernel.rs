@@ -66,8 +66,8 @@ fn plan(name: &str, resources: &Value) -> CgroupPlan {
 fn dirs(record: &CgroupRecord) -> Vec<PathBuf> {
     match record {
         CgroupRecord::None => Vec::new(),
-        CgroupRecord::V1 { paths } => paths.values().cloned().collect(),
-        CgroupRecord::V2 { path } => vec![path.clone()],
+        CgroupRecord::V1 { paths, .. } => paths.values().cloned().collect(),
+        CgroupRecord::V2 { path, .. } => vec![path.clone()],
     }
 }
 
@@ -86,7 +86,7 @@ impl Made {
 
     fn v1_dir(&self, controller: &str) -> Option<PathBuf> {
         match self.cgroup.record() {
-            CgroupRecord::V1 { paths } => paths
+            CgroupRecord::V1 { paths, .. } => paths
                 .into_iter()
                 .find(|(key, _)| key.split(',').any(|name| name == controller))
                 .map(|(_, path)| path),
@@ -338,8 +338,8 @@ fn v1_limits_reach_the_kernel() {
         )
         .unwrap();
         let record = made.cgroup.record();
-        let update = cgroup::plan_update(&record, &new, PlanOptions::default()).unwrap();
-        made.cgroup.update(&update).unwrap();
+        let update = cgroup::plan_update(&record, &new, PlanOptions::default(), None).unwrap();
+        made.cgroup.update(&update, None).unwrap();
         assert_eq!(value("memory", "memory.limit_in_bytes"), limit.to_string());
     }
     assert_eq!(value("pids", "pids.max"), "max");
@@ -350,6 +350,52 @@ fn v1_limits_reach_the_kernel() {
     assert_eq!(stats.pids.current, 1);
     assert_eq!(stats.memory.usage.limit, 67_108_864);
     assert_eq!(stats.cpuset.cpus, [0]);
+}
+
+/// A later limit is refused: the earlier ones are what they were, also those that no config had
+/// ever asked for.
+#[test]
+fn refused_update_changes_nothing() {
+    if skipped("refused_update_changes_nothing") {
+        return;
+    }
+    if !matches!(cgroup::detect().unwrap(), CgroupMode::V1 { .. }) {
+        say_skipped("refused_update_changes_nothing: not a v1 host");
+        return;
+    }
+    let made = Made::new("refused", &json!({"cpu": {"shares": 100}}));
+    made.cgroup.apply_limits(&made.plan).unwrap();
+    let files = [
+        ("memory", "memory.limit_in_bytes"),
+        ("memory", "memory.memsw.limit_in_bytes"),
+        ("memory", "memory.soft_limit_in_bytes"),
+        ("cpu", "cpu.shares"),
+        ("cpu", "cpu.cfs_quota_us"),
+        ("cpu", "cpu.cfs_period_us"),
+        ("cpuset", "cpuset.cpus"),
+        ("pids", "pids.max"),
+    ];
+    let values = || {
+        let value = |(controller, file): &(&str, &str)| {
+            let path = made.v1_dir(controller).unwrap().join(file);
+            std::fs::read_to_string(path).unwrap_or_default()
+        };
+        files.iter().map(value).collect::<Vec<_>>()
+    };
+    let before = values();
+    // The last to be written are the processors, and no machine has these.
+    let new = json!({
+        "memory": {"limit": 67_108_864, "swap": 67_108_864, "reservation": 33_554_432},
+        "cpu": {"shares": 200, "quota": 5000, "period": 10_000, "cpus": "4000"},
+        "pids": {"limit": 7},
+    });
+    let new = coracle_oci::config::parse_resources(new.to_string().as_bytes()).unwrap();
+    let record = made.cgroup.record();
+    let update = cgroup::plan_update(&record, &new, PlanOptions::default(), None).unwrap();
+    let error = format!("{:#}", made.cgroup.update(&update, None).unwrap_err());
+    assert!(error.contains("linux.resources.cpu.cpus"), "{error}");
+    assert!(!error.contains("cannot set back"), "{error}");
+    assert_eq!(values(), before);
 }
 
 /// youki's libcgroups reads the same files by code of its own: what both see has to agree.

@@ -27,9 +27,46 @@ pub enum CgroupRecord {
     #[default]
     None,
     /// Absolute directories by hierarchy name (`cpu`, `cpu,cpuacct`, `name=systemd`, ``).
-    V1 { paths: BTreeMap<String, PathBuf> },
+    V1 {
+        paths: BTreeMap<String, PathBuf>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        unit: Option<UnitRecord>,
+    },
     /// Absolute directory under the cgroup2 mount.
-    V2 { path: PathBuf },
+    V2 {
+        path: PathBuf,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        unit: Option<UnitRecord>,
+    },
+}
+
+/// The systemd unit that a cgroup belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UnitRecord {
+    /// `runc-id.scope`
+    pub name: String,
+    /// The systemd of a user session has it, not the system's.
+    #[serde(default)]
+    pub user: bool,
+}
+
+impl CgroupRecord {
+    pub fn unit(&self) -> Option<&UnitRecord> {
+        match self {
+            CgroupRecord::None => None,
+            CgroupRecord::V1 { unit, .. } | CgroupRecord::V2 { unit, .. } => unit.as_ref(),
+        }
+    }
+
+    #[must_use]
+    pub fn with_unit(mut self, new: Option<UnitRecord>) -> CgroupRecord {
+        match &mut self {
+            CgroupRecord::None => {}
+            CgroupRecord::V1 { unit, .. } | CgroupRecord::V2 { unit, .. } => *unit = new,
+        }
+        self
+    }
 }
 
 /// A process, told apart from a later one with the same pid by its start time.
@@ -129,12 +166,24 @@ mod tests {
             (
                 CgroupRecord::V2 {
                     path: "/sys/fs/cgroup/a".into(),
+                    unit: None,
                 },
                 r#"{"version":"v2","path":"/sys/fs/cgroup/a"}"#,
             ),
             (
+                CgroupRecord::V2 {
+                    path: "/sys/fs/cgroup/a".into(),
+                    unit: Some(UnitRecord {
+                        name: "runc-a.scope".into(),
+                        user: true,
+                    }),
+                },
+                r#"{"version":"v2","path":"/sys/fs/cgroup/a","unit":{"name":"runc-a.scope","user":true}}"#,
+            ),
+            (
                 CgroupRecord::V1 {
                     paths: BTreeMap::from([("cpu".to_owned(), "/sys/fs/cgroup/cpu/a".into())]),
+                    unit: None,
                 },
                 r#"{"version":"v1","paths":{"cpu":"/sys/fs/cgroup/cpu/a"}}"#,
             ),

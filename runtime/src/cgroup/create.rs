@@ -6,13 +6,15 @@
 use std::path::{Path, PathBuf};
 
 use coracle_oci::record::CgroupRecord;
-use coracle_oci::spec::{Linux, LinuxResources};
+use coracle_oci::spec::{Linux, LinuxResources, Spec};
 use rustix::fs::Mode;
 use rustix::io::Errno;
 
 use super::devices::DeviceRules;
 use super::path::{Layout, Place, PlanOptions};
 use super::step::{Dir, Step, Write};
+use super::systemd::driver::{self, UnitPlan};
+use super::systemd::{Facts, Unit};
 use super::tree::Cgroup;
 use super::{freeze, limits_v1, limits_v2, program, remove, tree};
 use crate::error::{Error, Kind, Result};
@@ -25,7 +27,9 @@ pub struct CgroupPlan {
     cpuset: Vec<Write>,
     pub(super) limits: Vec<Limit>,
     pub(super) devices: Devices,
-    pub(super) rootless: bool,
+    pub(super) options: PlanOptions,
+    /// The systemd driver: who makes the cgroup, once there is a process for it.
+    pub(super) unit: Option<UnitPlan>,
     /// What the spec asks for and every runtime ignores, for the log.
     pub warnings: Vec<String>,
 }
@@ -74,12 +78,34 @@ impl CgroupPlan {
         options: PlanOptions,
     ) -> Result<CgroupPlan> {
         let resources = linux.and_then(|linux| linux.resources().as_ref());
-        let mut plan = CgroupPlan::limits(layout, resources, options)?;
-        let rules = resources.and_then(|resources| resources.devices().as_deref());
-        let rules = DeviceRules::new(rules.unwrap_or_default(), linux)?;
+        let rules = DeviceRules::of(linux)?;
+        CgroupPlan::limits(layout, resources, options)?.with_devices(&rules)
+    }
+
+    /// The plan of a container in a unit of systemd's.
+    pub(super) fn of_unit(
+        spec: &Spec,
+        (unit, layout): (&Unit, Layout),
+        facts: &Facts,
+        options: PlanOptions,
+    ) -> Result<CgroupPlan> {
+        let linux = spec.linux().as_ref();
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let rules = DeviceRules::of(linux)?;
+        let rounded = resources.map(driver::as_systemd_rounds);
+        let plan = CgroupPlan::limits(layout, rounded.as_ref(), options)?;
+        let mut plan = plan.with_devices(&rules)?;
+        let version = (plan.layout.version, facts);
+        let unit = UnitPlan::new(spec, unit, &rules, version, &mut plan.warnings)?;
+        plan.unit = Some(unit);
+        Ok(plan)
+    }
+
+    fn with_devices(mut self, rules: &DeviceRules) -> Result<CgroupPlan> {
+        let plan = &mut self;
         plan.devices = if plan.layout.version == 2 {
             Devices::V2 {
-                program: program::assemble(&rules),
+                program: program::assemble(rules),
                 allow_all: rules.default_allow && rules.exceptions.is_empty(),
             }
         } else {
@@ -87,7 +113,7 @@ impl CgroupPlan {
             match plan.layout.controller("devices") {
                 Some(dir) => Devices::V1 { dir, writes },
                 // Without the hierarchy nothing would hold the container back.
-                None if !options.rootless => {
+                None if !plan.options.rootless => {
                     return Err(Error::unsupported(
                         "linux.resources.devices: the devices cgroup is not mounted",
                     ));
@@ -95,15 +121,25 @@ impl CgroupPlan {
                 None => Devices::Keep,
             }
         };
-        Ok(plan)
+        Ok(self)
     }
 
     pub(super) fn update(
         record: &CgroupRecord,
         resources: &LinuxResources,
         options: PlanOptions,
+        facts: Option<&Facts>,
     ) -> Result<CgroupPlan> {
-        CgroupPlan::limits(Layout::from_record(record), Some(resources), options)
+        let layout = Layout::from_record(record);
+        let (Some(unit), Some(facts)) = (record.unit(), facts) else {
+            return CgroupPlan::limits(layout, Some(resources), options);
+        };
+        let rounded = driver::as_systemd_rounds(resources);
+        let mut plan = CgroupPlan::limits(layout, Some(&rounded), options)?;
+        let version = (plan.layout.version, facts);
+        let unit = UnitPlan::update(unit, resources, version, &mut plan.warnings)?;
+        plan.unit = Some(unit);
+        Ok(plan)
     }
 
     fn limits(
@@ -138,21 +174,26 @@ impl CgroupPlan {
                 }
             }
         }
-        let rootless = options.rootless;
         let devices = Devices::Keep;
         Ok(CgroupPlan {
             layout,
             cpuset,
             limits,
             devices,
-            rootless,
+            options,
+            unit: None,
             warnings,
         })
     }
 
+    pub fn is_rootless(&self) -> bool {
+        self.options.rootless
+    }
+
     /// What goes into the intent and the container record.
     pub fn record(&self) -> CgroupRecord {
-        self.layout.record()
+        let unit = self.unit.as_ref().map(|unit| unit.record.clone());
+        self.layout.record().with_unit(unit)
     }
 
     /// The same plan without any cgroup: for a rootless container whose cgroup is out of reach.
@@ -160,59 +201,100 @@ impl CgroupPlan {
         Cgroup::open(&CgroupRecord::None)
     }
 
-    /// Makes the directories, and fills the v1 cpusets that joining needs.
+    /// Makes the directories, and fills the v1 cpusets that joining needs. With a unit, only
+    /// looks whether its cgroup is free: [`CgroupPlan::start_unit`] makes it.
     ///
     /// # Errors
     /// A directory cannot be made, the cgroup holds processes already or is frozen.
     pub fn create(&self) -> Result<Cgroup> {
+        if self.unit.is_some() {
+            let mut places = self.layout.dirs.iter().filter(|place| place.path.exists());
+            places
+                .try_for_each(|place| check_unused(self.layout.version, place))
+                .map_err(|error| error.context("unable to apply cgroup configuration"))?;
+            return Ok(self.without_cgroup());
+        }
         let mut made = Vec::new();
-        match self.create_dirs(&mut made) {
-            Ok(()) => Ok(Cgroup::new(self.layout.version, &self.layout.dirs, made)),
+        let mut out_of_reach = Vec::new();
+        match self.create_dirs(&mut made, &mut out_of_reach) {
+            Ok(()) if out_of_reach.is_empty() => {
+                Ok(Cgroup::new(self.layout.version, &self.layout.dirs, made))
+            }
+            Ok(()) => {
+                let mut dirs = self.layout.dirs.clone();
+                dirs.retain(|place| !out_of_reach.contains(&place.path));
+                Ok(Cgroup::new(self.layout.version, &dirs, made))
+            }
             Err(error) => {
                 for path in made.iter().rev() {
                     // The first failure is the one to report.
                     let _ = rustix::fs::rmdir(path);
-                }
-                if self.is_tolerable(&error) {
-                    return Ok(self.without_cgroup());
                 }
                 Err(error.context("unable to apply cgroup configuration"))
             }
         }
     }
 
-    /// A rootless container that asks for nothing can live without a cgroup of its own.
+    /// A rootless container that names no cgroup can live without one, as long as it asks for
+    /// nothing: a limit in a hierarchy that is out of reach is refused when it is set.
     fn is_tolerable(&self, error: &Error) -> bool {
         let permission = matches!(
             error.errno().map(Errno::from_raw_os_error),
-            Some(Errno::PERM | Errno::ACCESS | Errno::ROFS)
+            Some(Errno::PERM | Errno::ACCESS | Errno::ROFS | Errno::NOENT)
         );
-        let asks = !self.limits.is_empty() || !self.cpuset.is_empty();
-        self.rootless && permission && !self.layout.named && !asks
+        permission && !self.layout.named && self.options.rootless
     }
 
-    fn create_dirs(&self, made: &mut Vec<PathBuf>) -> Result<()> {
+    /// The refusal of a limit whose cgroup is out of reach, where it can be told by now.
+    fn cannot_limit(&self, place: &Place) -> Option<&'static str> {
+        let cpuset = place.controllers.iter().any(|name| name == "cpuset");
+        if self.layout.version == 2 && !self.limits.is_empty() {
+            return Some(
+                "rootless needs no limits + no cgrouppath when no permission is granted for cgroups",
+            );
+        }
+        (cpuset && !self.cpuset.is_empty())
+            .then_some("cannot set cpuset limit: container could not join or create cgroup")
+    }
+
+    fn create_dirs(&self, made: &mut Vec<PathBuf>, out_of_reach: &mut Vec<PathBuf>) -> Result<()> {
         for place in &self.layout.dirs {
             let before = made.len();
-            make_dir(place, made)?;
-            let existed = made.len() == before;
-            if existed {
-                check_unused(self.layout.version, place)?;
+            let Err(error) = self.create_dir(place, made) else {
+                continue;
+            };
+            if !self.is_tolerable(&error) {
+                return Err(error);
             }
-            match self.layout.version {
-                2 => enable_controllers(place)?,
-                _ if place.controllers.iter().any(|c| c == "cpuset") => {
-                    self.fill_cpusets(place)?;
-                }
-                _ => {}
+            if let Some(refusal) = self.cannot_limit(place) {
+                return Err(error.context(refusal));
             }
+            for path in made.drain(before..).rev() {
+                // Whoever could make it can remove it; there is nothing to do if not.
+                let _ = rustix::fs::rmdir(&path);
+            }
+            out_of_reach.push(place.path.clone());
         }
         Ok(())
     }
 
+    fn create_dir(&self, place: &Place, made: &mut Vec<PathBuf>) -> Result<()> {
+        let before = made.len();
+        make_dir(place, made)?;
+        let existed = made.len() == before;
+        if existed {
+            check_unused(self.layout.version, place)?;
+        }
+        match self.layout.version {
+            2 => enable_controllers(place),
+            _ if place.controllers.iter().any(|c| c == "cpuset") => self.fill_cpusets(place),
+            _ => Ok(()),
+        }
+    }
+
     /// v1 cpusets start empty and take no process until they have processors and memory nodes:
     /// the asked ones, or the parent's.
-    fn fill_cpusets(&self, place: &Place) -> Result<()> {
+    pub(super) fn fill_cpusets(&self, place: &Place) -> Result<()> {
         let Some(parent) = place.path.parent() else {
             return Ok(());
         };
@@ -244,19 +326,9 @@ impl CgroupPlan {
         Ok(())
     }
 
-    /// Writes the limits of an existing cgroup's cpuset, for updates.
-    pub(super) fn apply_cpuset(&self, dirs: &tree::Dirs<'_>) -> Result<()> {
-        let Some(index) = self
-            .layout
-            .controller("cpuset")
-            .filter(|_| !self.cpuset.is_empty())
-        else {
-            return Ok(());
-        };
-        let dir = dirs.open(index)?;
-        self.cpuset
-            .iter()
-            .try_for_each(|write| dir.apply(&Step::Write(write.clone())))
+    /// The v1 cpuset files, for updates.
+    pub(super) fn cpuset(&self) -> &[Write] {
+        &self.cpuset
     }
 }
 
@@ -279,7 +351,7 @@ impl Layout {
     }
 }
 
-fn make_dir(place: &Place, made: &mut Vec<PathBuf>) -> Result<()> {
+pub(super) fn make_dir(place: &Place, made: &mut Vec<PathBuf>) -> Result<()> {
     // Most often only the last component is new.
     let mode = Mode::from_raw_mode(0o755);
     let mut missing = vec![place.path.as_path()];
@@ -361,7 +433,7 @@ fn write_cpuset(dir: &Dir, file: &str, value: &str) -> Result<()> {
 
 /// Hands every controller of the root down to the parent of the container's cgroup, so that the
 /// container is accounted for all of them. Only what is missing is written.
-fn enable_controllers(place: &Place) -> Result<()> {
+pub(super) fn enable_controllers(place: &Place) -> Result<()> {
     let root = Dir::open(&place.mountpoint)?;
     let available = root.read("cgroup.controllers").unwrap_or_default();
     if available.trim().is_empty() {

@@ -105,6 +105,13 @@ pub(super) struct DeviceRules {
 }
 
 impl DeviceRules {
+    /// The rules of a spec.
+    pub fn of(linux: Option<&Linux>) -> Result<DeviceRules> {
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let rules = resources.and_then(|resources| resources.devices().as_deref());
+        DeviceRules::new(rules.unwrap_or_default(), linux)
+    }
+
     /// The rules of a container: its own, then those that every container has.
     pub fn new(rules: &[LinuxDeviceCgroup], linux: Option<&Linux>) -> Result<DeviceRules> {
         let mut model = DeviceRules::default();

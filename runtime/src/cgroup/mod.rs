@@ -21,6 +21,9 @@
 //!   `cgroup.procs` waits for an RCU grace period, 5 to 15 ms for the first one.
 //! - [`Cgroup::join`] with a pid: kernels before 5.7, and processes that are not ours to instruct.
 //!
+//! With `--systemd-cgroup` the directories are those of a transient unit (see [`systemd`]): `create`
+//! makes none, and `CgroupPlan::start_unit` follows the clone.
+//!
 //! This module never touches a cgroup that is not the container's own or below it, but for the
 //! `cgroup.subtree_control` (v2) and the empty cpusets (v1) of its ancestors.
 
@@ -39,13 +42,17 @@ pub mod stats;
 mod stats_v1;
 mod stats_v2;
 mod step;
+mod systemd;
 mod tree;
+mod update;
 
 pub use create::CgroupPlan;
 pub use mounts::{CgroupMode, Hierarchy, detect};
 pub use oom::{OomWatch, Seen};
 pub use path::PlanOptions;
 pub use stats::Stats;
+pub use systemd::driver::manager_for;
+pub use systemd::{Facts, Manager, Scope};
 pub use tree::Cgroup;
 
 use coracle_oci::ContainerId;
@@ -65,8 +72,23 @@ pub fn plan(
 ) -> Result<CgroupPlan> {
     let linux = spec.linux().as_ref();
     let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_deref());
-    let layout = path::layout(cgroups_path, id, mode, options)?;
+    let layout = path::layout(cgroups_path, id, mode)?;
     CgroupPlan::new(layout, linux, options)
+}
+
+/// Plans the container's cgroup as the one of a unit that systemd will make. Pure.
+///
+/// # Errors
+/// As for [`plan`].
+pub fn plan_unit(
+    spec: &Spec,
+    id: &ContainerId,
+    mode: &CgroupMode,
+    options: PlanOptions,
+    facts: &Facts,
+) -> Result<CgroupPlan> {
+    let (unit, layout) = systemd::driver::layout(spec, id, mode, facts)?;
+    CgroupPlan::of_unit(spec, (&unit, layout), facts, options)
 }
 
 /// Plans an update of the limits of an existing container. Devices stay as they are. Pure.
@@ -77,6 +99,7 @@ pub fn plan_update(
     record: &coracle_oci::record::CgroupRecord,
     resources: &LinuxResources,
     options: PlanOptions,
+    facts: Option<&Facts>,
 ) -> Result<CgroupPlan> {
-    CgroupPlan::update(record, resources, options)
+    CgroupPlan::update(record, resources, options, facts)
 }

@@ -185,35 +185,85 @@ struct Mount {
     options: Vec<String>,
 }
 
-/// `31 23 0:28 /root /mountpoint opts tag:1 - cgroup source rw,cpu,cpuacct`
+/// The cgroup mounts that can be reached by their path.
 fn parse_mountinfo(text: &[u8]) -> Vec<Mount> {
+    let all: Vec<Line<'_>> = lines(text).filter_map(Line::parse).collect();
     let mut mounts = Vec::new();
-    for line in lines(text) {
-        let mut fields = line.split(|b| *b == b' ');
-        let (Some(root), Some(mountpoint)) = (fields.nth(3), fields.next()) else {
-            continue;
-        };
-        // Optional fields end with a lone dash.
-        let Some(_) = fields.find(|field| *field == b"-") else {
-            continue;
-        };
-        let version = match fields.next() {
-            Some(b"cgroup") => 1,
-            Some(b"cgroup2") => 2,
+    for line in &all {
+        let version = match line.kind {
+            b"cgroup" => 1,
+            b"cgroup2" => 2,
             _ => continue,
         };
-        let options = fields.nth(1).unwrap_or_default();
+        if is_covered(line, &all) {
+            continue;
+        }
         mounts.push(Mount {
             version,
-            root: unescape(root),
-            mountpoint: unescape(mountpoint),
-            options: String::from_utf8_lossy(options)
+            root: unescape(line.root),
+            mountpoint: unescape(line.mountpoint),
+            options: String::from_utf8_lossy(line.options)
                 .split(',')
                 .map(str::to_owned)
                 .collect(),
         });
     }
     mounts
+}
+
+/// A line of mountinfo, escapes and all:
+/// `31 23 0:28 /root /mountpoint opts tag:1 - cgroup source rw,cpu,cpuacct`
+#[derive(Clone, Copy)]
+struct Line<'a> {
+    id: &'a [u8],
+    parent: &'a [u8],
+    root: &'a [u8],
+    mountpoint: &'a [u8],
+    kind: &'a [u8],
+    options: &'a [u8],
+}
+
+impl<'a> Line<'a> {
+    fn parse(line: &'a [u8]) -> Option<Line<'a>> {
+        let mut fields = line.split(|b| *b == b' ');
+        let (id, parent) = (fields.next()?, fields.next()?);
+        let (root, mountpoint) = (fields.nth(1)?, fields.next()?);
+        // Optional fields end with a lone dash.
+        fields.find(|field| *field == b"-")?;
+        Some(Line {
+            id,
+            parent,
+            root,
+            mountpoint,
+            kind: fields.next()?,
+            options: fields.nth(1).unwrap_or_default(),
+        })
+    }
+}
+
+/// Whether a path leads to another mount: one that was made later on this one, or on one that it
+/// is mounted in, at its mount point or above it.
+fn is_covered(mount: &Line<'_>, all: &[Line<'_>]) -> bool {
+    let above = |top: &Line<'_>| {
+        mount
+            .mountpoint
+            .strip_prefix(top.mountpoint)
+            .is_some_and(|rest| rest.is_empty() || rest[0] == b'/' || top.mountpoint == b"/")
+    };
+    let mut over: Vec<&Line<'_>> = all.iter().filter(|line| above(line)).collect();
+    // From the mount up to the root, the mounts that the path goes through, each with how far it
+    // goes in that one: of several mounts in it the path enters the first that it comes to.
+    let mut chain = Vec::new();
+    let (mut id, mut end) = (mount.id, usize::MAX);
+    while let Some(at) = over.iter().position(|line| line.id == id) {
+        chain.push((id, end));
+        let line = over.swap_remove(at);
+        (id, end) = (line.parent, line.mountpoint.len());
+    }
+    over.iter().any(|line| {
+        let mut through = chain.iter();
+        through.any(|(id, end)| line.parent == *id && line.mountpoint.len() < *end)
+    })
 }
 
 /// mountinfo writes space, tab, newline and backslash as three octal digits.
@@ -252,7 +302,7 @@ mod tests {
 35 31 0:32 /docker/abc /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
 40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,name=systemd
 41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
-50 31 0:29 / /mnt/a\\040b rw - cgroup cgroup rw,cpu,cpuacct
+50 23 0:29 / /mnt/a\\040b rw - cgroup cgroup rw,cpu,cpuacct
 ";
 
     #[test]
@@ -289,6 +339,43 @@ mod tests {
                 own: "/user.slice".into()
             }
         );
+    }
+
+    #[test]
+    fn covered_mounts_are_passed_over() {
+        let own = b"4:memory:/\n3:cpu,cpuacct:/\n0::/\n";
+        let found = |more: &str| {
+            let mode = parse(format!("{HYBRID}{more}").as_bytes(), own);
+            match mode.unwrap() {
+                CgroupMode::V1 {
+                    hierarchies,
+                    unified,
+                } => hierarchies
+                    .into_iter()
+                    .chain(unified)
+                    .map(|h| h.mountpoint.display().to_string())
+                    .collect::<Vec<_>>(),
+                CgroupMode::V2 { mountpoint, .. } => vec![format!("2 {}", mountpoint.display())],
+            }
+        };
+        let (memory, cpu) = ("/sys/fs/cgroup/memory", "/sys/fs/cgroup/cpu,cpuacct");
+        let unified = "/sys/fs/cgroup/unified";
+        assert_eq!(found(""), [memory, cpu, unified]);
+        // On top of the mount itself.
+        let over = "60 41 0:50 / /sys/fs/cgroup/unified rw - tmpfs t rw\n";
+        assert_eq!(found(over), [memory, cpu]);
+        let over = "60 32 0:50 / /sys/fs/cgroup/cpu,cpuacct rw - tmpfs t rw\n";
+        assert_eq!(found(over), [memory, "/mnt/a b", unified]);
+        // On top of the directory that all of them are mounted in: cgroup2 is what one sees.
+        let over = "60 31 0:38 / /sys/fs/cgroup rw - cgroup2 none rw\n";
+        assert_eq!(found(over), ["/mnt/a b", "/sys/fs/cgroup"]);
+        let over = "60 23 0:50 / /sys rw - sysfs s rw\n61 23 0:50 / /mnt rw - tmpfs t rw\n\
+            62 60 0:38 / /sys/fs/cgroup rw - cgroup2 none rw\n";
+        assert_eq!(found(over), ["2 /sys/fs/cgroup"]);
+        // Beside or below them nothing is covered.
+        let beside = "60 31 0:50 / /sys/fs/cgroup/mem rw - tmpfs t rw\n\
+            61 41 0:50 / /sys/fs/cgroup/unified/x rw - tmpfs t rw\n";
+        assert_eq!(found(beside), [memory, cpu, unified]);
     }
 
     #[test]

@@ -16,7 +16,6 @@ use crate::error::{Error, Kind, Result};
 /// What the command line says about cgroups.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PlanOptions {
-    pub systemd_cgroup: bool,
     /// Permission errors are not faults as long as the spec asks for nothing (rootless).
     pub rootless: bool,
 }
@@ -52,6 +51,7 @@ impl Layout {
             (_, None) => CgroupRecord::None,
             (2, Some(place)) => CgroupRecord::V2 {
                 path: place.path.clone(),
+                unit: None,
             },
             _ => CgroupRecord::V1 {
                 paths: self
@@ -59,6 +59,7 @@ impl Layout {
                     .iter()
                     .map(|p| (p.key(), p.path.clone()))
                     .collect(),
+                unit: None,
             },
         }
     }
@@ -66,8 +67,8 @@ impl Layout {
     pub fn from_record(record: &CgroupRecord) -> Layout {
         let (version, dirs) = match record {
             CgroupRecord::None => (1, Vec::new()),
-            CgroupRecord::V1 { paths } => (1, places(paths)),
-            CgroupRecord::V2 { path } => {
+            CgroupRecord::V1 { paths, .. } => (1, places(paths)),
+            CgroupRecord::V2 { path, .. } => {
                 let place = Place {
                     controllers: Vec::new(),
                     mountpoint: PathBuf::new(),
@@ -103,10 +104,9 @@ pub(super) fn layout(
     cgroups_path: Option<&Path>,
     id: &ContainerId,
     mode: &CgroupMode,
-    options: PlanOptions,
 ) -> Result<Layout> {
     let named = cgroups_path.filter(|path| !path.as_os_str().is_empty());
-    refuse_systemd(named, options)?;
+    refuse_systemd(named)?;
     // An absolute path stays absolute and a relative one relative, however many `..` they hold.
     let absolute = named.is_some_and(Path::is_absolute);
     let inner = clean(named.unwrap_or_else(|| id.as_ref()));
@@ -159,12 +159,8 @@ pub(super) fn layout(
     })
 }
 
-fn refuse_systemd(path: Option<&Path>, options: PlanOptions) -> Result<()> {
-    if options.systemd_cgroup {
-        return Err(Error::unsupported(
-            "--systemd-cgroup: the systemd cgroup driver is not supported, use the cgroupfs driver",
-        ));
-    }
+/// A directory of that name would be what nobody has asked for.
+fn refuse_systemd(path: Option<&Path>) -> Result<()> {
     let text = path.and_then(Path::to_str).unwrap_or_default();
     let mut parts = text.split(':');
     let slice = parts
@@ -172,9 +168,8 @@ fn refuse_systemd(path: Option<&Path>, options: PlanOptions) -> Result<()> {
         .is_some_and(|slice| slice.is_empty() || slice.ends_with(".slice"));
     if slice && parts.count() == 2 && !text.contains('/') {
         return Err(Error::new(
-            Kind::Unsupported,
-            "linux.cgroupsPath: the slice:prefix:name form needs the systemd cgroup driver, \
-             which is not supported:",
+            Kind::Invalid,
+            "linux.cgroupsPath: the slice:prefix:name form needs --systemd-cgroup:",
             text,
         ));
     }
@@ -247,7 +242,7 @@ mod tests {
             (Some("/a"), v2("/user.slice/session"), "/sys/fs/cgroup/a"),
         ];
         for (path, mode, want) in cases {
-            let layout = layout(path.map(Path::new), &id, mode, PlanOptions::default()).unwrap();
+            let layout = layout(path.map(Path::new), &id, mode).unwrap();
             assert_eq!(layout.dirs[0].path, Path::new(want), "{path:?}");
         }
     }
@@ -255,8 +250,8 @@ mod tests {
     #[test]
     fn v1_record_has_every_hierarchy() {
         let id = ContainerId::parse("c1").unwrap();
-        let layout = layout(Some(Path::new("/a")), &id, &v1(), PlanOptions::default()).unwrap();
-        let CgroupRecord::V1 { paths } = layout.record() else {
+        let layout = layout(Some(Path::new("/a")), &id, &v1()).unwrap();
+        let CgroupRecord::V1 { paths, .. } = layout.record() else {
             panic!("not v1")
         };
         let paths: Vec<_> = paths
@@ -276,24 +271,9 @@ mod tests {
     #[test]
     fn refused_forms_name_the_field() {
         let id = ContainerId::parse("c1").unwrap();
-        let systemd = PlanOptions {
-            systemd_cgroup: true,
-            rootless: false,
-        };
-        let cases: &[(&str, PlanOptions, &str)] = &[
-            ("/", PlanOptions::default(), "linux.cgroupsPath"),
-            ("..", PlanOptions::default(), "linux.cgroupsPath"),
-            (
-                "system.slice:docker:x",
-                PlanOptions::default(),
-                "linux.cgroupsPath",
-            ),
-            (":docker:x", PlanOptions::default(), "linux.cgroupsPath"),
-            ("/a", systemd, "--systemd-cgroup"),
-        ];
-        for (path, options, want) in cases {
-            let error = layout(Some(Path::new(path)), &id, &v1(), *options).unwrap_err();
-            assert!(error.to_string().contains(want), "{error}");
+        for path in ["/", "..", "system.slice:docker:x", ":docker:x"] {
+            let error = layout(Some(Path::new(path)), &id, &v1()).unwrap_err();
+            assert!(error.to_string().contains("linux.cgroupsPath"), "{error}");
         }
     }
 }

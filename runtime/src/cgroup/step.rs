@@ -61,6 +61,22 @@ pub(super) enum Step {
     },
 }
 
+impl Step {
+    /// Every write that the step may make.
+    pub fn writes(&self) -> Vec<&Write> {
+        match self {
+            Step::Write(write)
+            | Step::IfPresent(write)
+            | Step::Lines(write)
+            | Step::Checked(write) => vec![write],
+            Step::FirstPresent(writes) => writes.iter().collect(),
+            Step::EitherOrder(one, other) => vec![one, other],
+            Step::Around { first, last } => first.iter().chain([last]).collect(),
+            Step::MemoryUnder { .. } => Vec::new(),
+        }
+    }
+}
+
 /// An open cgroup directory and its path for errors.
 pub(super) struct Dir {
     fd: OwnedFd,

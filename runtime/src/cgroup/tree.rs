@@ -3,11 +3,11 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use coracle_oci::record::CgroupRecord;
+use coracle_oci::record::{CgroupRecord, UnitRecord};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::create::{CgroupPlan, Devices};
+use super::create::{CgroupPlan, Devices, Limit};
 use super::path::{Layout, Place};
 use super::step::{Dir, Step};
 use super::{freeze, remove};
@@ -20,11 +20,15 @@ pub struct Cgroup {
     pub(super) dirs: Vec<Place>,
     /// Directories that this process made: their device filter is known to be empty.
     made: Vec<PathBuf>,
+    /// Who else keeps these directories.
+    pub(super) unit: Option<UnitRecord>,
+    /// This process has started the unit.
+    pub(super) unit_started: bool,
 }
 
 /// Directories opened on first use.
 pub(super) struct Dirs<'a> {
-    places: &'a [Place],
+    pub places: &'a [Place],
 }
 
 impl Dirs<'_> {
@@ -39,6 +43,8 @@ impl Cgroup {
             version,
             dirs: dirs.to_vec(),
             made,
+            unit: None,
+            unit_started: false,
         }
     }
 
@@ -49,13 +55,18 @@ impl Cgroup {
             version: layout.version,
             dirs: layout.dirs,
             made: Vec::new(),
+            unit: record.unit().cloned(),
+            unit_started: false,
         }
     }
 
-    /// Only the directories that this process has made: what a failed launch takes away again.
+    /// Only what this process has made: what a failed launch takes away again.
     pub fn made_here(&self) -> Cgroup {
         let mut own = self.clone();
-        own.dirs.retain(|place| self.made.contains(&place.path));
+        if !self.unit_started {
+            own.unit = None;
+            own.dirs.retain(|place| self.made.contains(&place.path));
+        }
         own
     }
 
@@ -68,6 +79,7 @@ impl Cgroup {
             named: true,
         }
         .record()
+        .with_unit(self.unit.clone())
     }
 
     /// The sub-cgroups that `exec --cgroup` asks for: `path` on v2, `controller[,..]:path` on v1.
@@ -150,6 +162,11 @@ impl Cgroup {
         self.version == 2
     }
 
+    /// Whether systemd keeps the cgroup.
+    pub fn has_unit(&self) -> bool {
+        self.unit.is_some()
+    }
+
     /// Whether the container has a cgroup at all.
     pub fn is_none(&self) -> bool {
         self.dirs.is_empty()
@@ -207,13 +224,8 @@ impl Cgroup {
     /// The kernel refuses a value or lacks its file: the error names field, value and file.
     pub fn apply_limits(&self, plan: &CgroupPlan) -> Result<()> {
         if self.is_none() {
-            return match plan.limits.first() {
-                None => Ok(()),
-                Some(limit) => Err(Error::unsupported(format!(
-                    "cannot set {} limit: container could not join or create cgroup",
-                    limit.name()
-                ))),
-            };
+            let mut limits = plan.limits.iter();
+            return limits.try_for_each(|limit| self.check_joined(plan, limit));
         }
         // The plan's own list: its steps number the directories, in an order of their own.
         let dirs = Dirs {
@@ -221,6 +233,9 @@ impl Cgroup {
         };
         let mut open: Option<(usize, Dir)> = None;
         for limit in &plan.limits {
+            if self.dirs.len() != plan.layout.dirs.len() {
+                self.check_joined(plan, limit)?;
+            }
             let dir = match open.take() {
                 Some((index, dir)) if index == limit.dir => dir,
                 _ => dirs.open(limit.dir)?,
@@ -230,20 +245,21 @@ impl Cgroup {
             open = Some((limit.dir, dir));
         }
         match self.apply_devices(plan, &dirs) {
-            Err(_) if plan.rootless => Ok(()),
+            Err(_) if plan.options.rootless => Ok(()),
             applied => applied,
         }
     }
 
-    /// Applies the plan of an update: cpusets included, devices untouched.
-    ///
-    /// # Errors
-    /// As for [`Cgroup::apply_limits`].
-    pub fn update(&self, plan: &CgroupPlan) -> Result<()> {
-        self.apply_limits(plan)?;
-        plan.apply_cpuset(&Dirs {
-            places: &plan.layout.dirs,
-        })
+    /// A rootless container may have gone without some hierarchies.
+    fn check_joined(&self, plan: &CgroupPlan, limit: &Limit) -> Result<()> {
+        let path = &plan.layout.dirs[limit.dir].path;
+        if self.dirs.iter().any(|place| place.path == *path) {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!(
+            "cannot set {} limit: container could not join or create cgroup",
+            limit.name()
+        )))
     }
 
     /// A missing `unified` file is most often a controller that was not handed down.
@@ -377,12 +393,18 @@ impl Cgroup {
         remove::kill_all(self)
     }
 
-    /// Removes the container's directories and those below, waiting for dying processes to leave.
-    /// Directories that are gone already are fine.
+    /// Stops the unit, and removes the container's directories and those below, waiting for dying
+    /// processes to leave. What is gone already is fine.
     ///
     /// # Errors
-    /// A directory stays busy.
+    /// A directory stays busy, or the unit does not stop.
     pub fn delete(&self) -> Result<()> {
+        let stopped = self.stop_unit();
+        self.delete_dirs()?;
+        stopped
+    }
+
+    pub(super) fn delete_dirs(&self) -> Result<()> {
         remove::delete(self)
     }
 
@@ -434,7 +456,7 @@ fn cannot_join(path: &Path, errno: Errno) -> Error {
     Error::system("open", path.display().to_string(), errno).context("error adding pid to cgroups")
 }
 
-fn join_one(place: &Place, pid: i32) -> Result<()> {
+pub(super) fn join_one(place: &Place, pid: i32) -> Result<()> {
     let path = place.path.join("cgroup.procs");
     let failed =
         |errno: Errno| Error::system(format!("write {pid} to"), path.display().to_string(), errno);
@@ -500,12 +522,14 @@ mod tests {
         .map(|(key, path)| (key.to_owned(), PathBuf::from(path)));
         Cgroup::open(&CgroupRecord::V1 {
             paths: paths.into(),
+            unit: None,
         })
     }
 
     fn v2() -> Cgroup {
         Cgroup::open(&CgroupRecord::V2 {
             path: "/c/x".into(),
+            unit: None,
         })
     }
 

@@ -196,14 +196,12 @@ fn parse_size(text: &str) -> Option<i64> {
     Some((value * 1024f64.powi(power)) as i64)
 }
 
-/// The three documents of an update.
+/// The two documents of an update.
 #[derive(Debug, PartialEq)]
 pub(super) struct Update {
     /// What goes to the kernel: the sections that were asked about, completed from the old
     /// values where one limit is meaningless without the other.
     pub to_write: Value,
-    /// The old values of the same sections, for when the kernel refuses.
-    pub to_restore: Value,
     /// The container's resources from now on.
     pub to_keep: Value,
 }
@@ -218,7 +216,6 @@ pub(super) fn merge(old: &Value, mut asked: Map<String, Value>) -> Update {
     asked.retain(|_, section| !section.is_null());
     drop_nulls(&mut asked);
     let mut write = Map::new();
-    let mut restore = Map::new();
     let mut keep = old.as_object().cloned().unwrap_or_default();
     for (name, new) in asked {
         let before = keep.get(&name).cloned().unwrap_or(Value::Null);
@@ -234,14 +231,10 @@ pub(super) fn merge(old: &Value, mut asked: Map<String, Value>) -> Update {
             (_, new) => both(new),
         };
         write.insert(name.clone(), written);
-        if !before.is_null() {
-            restore.insert(name.clone(), before);
-        }
         keep.insert(name, kept);
     }
     Update {
         to_write: write.into(),
-        to_restore: restore.into(),
         to_keep: keep.into(),
     }
 }
@@ -369,46 +362,37 @@ mod tests {
             "blockIO": {"weight": 10, "weightDevice": [{"major": 8, "minor": 0, "weight": 1}]},
         });
         let cases = [
-            (json!({}), json!({}), json!({})),
+            (json!({}), json!({})),
             (
                 json!({"cpu": {"period": 2000}}),
                 json!({"cpu": {"shares": 100, "quota": 500, "period": 2000}}),
-                old.get("cpu").map(|cpu| json!({ "cpu": cpu })).unwrap(),
             ),
             (
                 json!({"cpu": {"idle": 1}}),
                 json!({"cpu": {"idle": 1, "quota": 500, "period": 1000}}),
-                old.get("cpu").map(|cpu| json!({ "cpu": cpu })).unwrap(),
             ),
             (
                 json!({"memory": {"limit": -1}}),
                 json!({"memory": {"limit": -1}}),
-                json!({"memory": {"limit": 100, "swap": 200}}),
             ),
             (
                 json!({"memory": {"limit": 150, "swap": null}, "pids": null}),
                 json!({"memory": {"limit": 150, "swap": 200}}),
-                json!({"memory": {"limit": 100, "swap": 200}}),
             ),
             (
                 json!({"blockIO": {"weightDevice": [
                     {"major": 8, "minor": 0, "weight": 2}, {"major": 8, "minor": 16, "weight": 3}]}}),
                 json!({"blockIO": {"weight": 10, "weightDevice": [
                     {"major": 8, "minor": 0, "weight": 2}, {"major": 8, "minor": 16, "weight": 3}]}}),
-                old.get("blockIO")
-                    .map(|io| json!({ "blockIO": io }))
-                    .unwrap(),
             ),
             (
                 json!({"devices": [{"allow": true, "access": "rwm"}]}),
                 json!({}),
-                json!({}),
             ),
         ];
-        for (asked, to_write, to_restore) in cases {
+        for (asked, to_write) in cases {
             let update = merge(&old, object(asked.clone()));
             assert_eq!(update.to_write, to_write, "{asked}");
-            assert_eq!(update.to_restore, to_restore, "{asked}");
             assert_eq!(update.to_keep["pids"]["limit"], 7);
         }
     }

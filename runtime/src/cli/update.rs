@@ -1,7 +1,7 @@
 //! `update`: other limits for a container that exists.
 //!
-//! Transactional: when the kernel refuses one of the new values, the old ones are written back and
-//! the record stays as it was. The arguments and the merge of old and new are in `resources`.
+//! Transactional: when the kernel refuses one of the new values, those that were there are written
+//! back (`cgroup::update`) and the record stays as it was. The arguments and the merge of old and new are in `resources`.
 
 use std::io::Read as _;
 use std::process::ExitCode;
@@ -10,7 +10,7 @@ use coracle_oci::{config, spec};
 use serde_json::{Map, Value};
 
 use super::{GlobalArgs, resources};
-use crate::cgroup::{self, PlanOptions};
+use crate::cgroup::{self, Manager, PlanOptions};
 use crate::error::{Error, Kind, Result};
 use crate::log;
 use crate::state::{Container, Request};
@@ -80,27 +80,22 @@ fn apply(container: &Container, asked: Map<String, Value>, global: &GlobalArgs) 
     let update = resources::merge(&old, asked);
 
     let options = PlanOptions {
-        systemd_cgroup: false,
         rootless: container.record.rootless_cgroups,
     };
-    let new_plan =
-        cgroup::plan_update(&container.record.cgroup, &parse(&update.to_write)?, options)?;
+    let cgroup = container.cgroup();
+    let mut manager = cgroup.manager()?;
+    let facts = manager.as_mut().map(Manager::facts).transpose()?;
+    let resources = parse(&update.to_write)?;
+    let new_plan = cgroup::plan_update(
+        &container.record.cgroup,
+        &resources,
+        options,
+        facts.as_ref(),
+    )?;
     for warning in &new_plan.warnings {
         log::warning(global, warning);
     }
-    let cgroup = container.cgroup();
-    if let Err(error) = cgroup.update(&new_plan) {
-        let restored = parse(&update.to_restore)
-            .and_then(|old| cgroup::plan_update(&container.record.cgroup, &old, options))
-            .and_then(|plan| cgroup.update(&plan));
-        if let Err(second) = restored {
-            log::warning(
-                global,
-                &format!("cannot set back cgroup limits: {second:#}"),
-            );
-        }
-        return Err(error);
-    }
+    cgroup.update(&new_plan, manager.as_mut())?;
     if let Some(linux) = config.get_mut("linux").and_then(Value::as_object_mut) {
         linux.insert("resources".into(), update.to_keep);
     }

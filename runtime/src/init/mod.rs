@@ -84,7 +84,7 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     if !child.staged {
         join_namespaces(&plan.namespaces.joins)?;
     }
-    if plan.namespaces.waits_for_maps() {
+    if plan.namespaces.waits() {
         child.channel.wait()?;
     }
     if plan.namespaces.has_user() {

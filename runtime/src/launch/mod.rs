@@ -29,12 +29,12 @@ use std::path::{Path, PathBuf};
 
 use coracle_oci::ContainerId;
 use coracle_oci::record::{ContainerRecord, IntentRecord, NamespaceRecord};
-use coracle_oci::spec::LinuxNamespaceType;
+use coracle_oci::spec::{LinuxNamespaceType, Spec};
 use coracle_oci::state::{State, Status};
 use coracle_sys::clone::Side;
 
 use crate::bundle::Bundle;
-use crate::cgroup::{self, Cgroup, CgroupPlan, PlanOptions};
+use crate::cgroup::{self, Cgroup, CgroupPlan, Manager, PlanOptions};
 use crate::cli::{GlobalArgs, Rootless};
 use crate::console::ConsoleSocket;
 use crate::error::{Error, Kind, Result};
@@ -87,6 +87,8 @@ struct Prepared {
     host: HostFacts,
     plan: Plan,
     cgroup_plan: CgroupPlan,
+    /// Who makes the cgroup, with the systemd driver.
+    systemd: Option<Manager>,
     state: State,
     record: ContainerRecord,
     host_root: Option<HostRoot>,
@@ -128,16 +130,7 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
     let spec = CheckedSpec::check(&request.bundle.config, &host)?;
     let config = spec.spec();
     check_terminal(&spec, &request)?;
-    let rootless = match request.global.rootless {
-        Rootless::True => true,
-        Rootless::False => false,
-        Rootless::Auto => !host.is_root() || host.in_user_namespace,
-    };
-    let cgroup_options = PlanOptions {
-        systemd_cgroup: request.global.systemd_cgroup,
-        rootless,
-    };
-    let cgroup_plan = cgroup::plan(config, &request.id, &host.cgroup, cgroup_options)?;
+    let (cgroup_plan, systemd) = plan_cgroup(config, &request, &host)?;
     for warning in spec.warnings.iter().chain(&cgroup_plan.warnings) {
         log::warning(request.global, warning);
     }
@@ -195,7 +188,7 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
         cgroup: cgroup_record,
         namespaces: Vec::new(),
         private_pid_namespace: plan.namespaces.new_pid,
-        rootless_cgroups: rootless,
+        rootless_cgroups: cgroup_plan.is_rootless(),
         no_new_keyring: request.options.no_new_keyring,
         id: request.id,
     };
@@ -206,10 +199,37 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
         host,
         plan,
         cgroup_plan,
+        systemd,
         state,
         record,
         host_root,
     })
+}
+
+const WITHOUT_CGROUP: &str = "Creating a rootless container with no cgroup and no private pid \
+     namespace. Such configuration is strongly discouraged (as it is impossible to properly kill \
+     all container's processes) and will result in an error in a future runc version.";
+
+/// The cgroup's plan, and the connection to the systemd that will carry it out.
+fn plan_cgroup(
+    config: &Spec,
+    request: &Request<'_>,
+    host: &HostFacts,
+) -> Result<(CgroupPlan, Option<Manager>)> {
+    let auto = request.global.rootless == Rootless::Auto;
+    let namespaced = auto && host.in_user_namespace;
+    let unprivileged = request.global.rootless == Rootless::True || (auto && !host.is_root());
+    let (id, mode) = (&request.id, &host.cgroup);
+    if !request.global.systemd_cgroup {
+        let rootless = unprivileged || namespaced;
+        let options = PlanOptions { rootless };
+        return Ok((cgroup::plan(config, id, mode, options)?, None));
+    }
+    let (mut manager, rootless) = cgroup::manager_for(unprivileged, namespaced)?;
+    let options = PlanOptions { rootless };
+    let facts = manager.facts()?;
+    let plan = cgroup::plan_unit(config, id, mode, options, &facts)?;
+    Ok((plan, Some(manager)))
 }
 
 fn check_terminal(spec: &CheckedSpec, request: &Request<'_>) -> Result<()> {
@@ -327,6 +347,7 @@ fn start(
         host,
         plan,
         cgroup_plan,
+        systemd,
         mut state,
         mut record,
         host_root,
@@ -334,7 +355,14 @@ fn start(
         ..
     } = prepared;
     // A plan that was refused, because the cgroup is another's, has made nothing.
-    let cgroup = cgroup_plan.create()?;
+    let mut cgroup = cgroup_plan.create()?;
+    if cgroup.is_none() && systemd.is_none() {
+        // Out of reach, which only a rootless container's may be.
+        record.rootless_cgroups = true;
+        if !plan.namespaces.new_pid {
+            log::warning(global, WITHOUT_CGROUP);
+        }
+    }
     undo.cgroup = Some(cgroup.clone());
     record.cgroup = cgroup.record();
     if let Some(root) = &host_root {
@@ -360,6 +388,14 @@ fn start(
     });
 
     state.pid = pid;
+    if let Some(mut manager) = systemd {
+        cgroup = cgroup_plan.start_unit(&mut manager, pid)?;
+        undo.cgroup = Some(cgroup.clone());
+        record.cgroup = cgroup.record();
+        if !plan.namespaces.waits_for_maps() && plan.namespaces.waits() {
+            channel.proceed()?;
+        }
+    }
     if plan.namespaces.waits_for_maps() {
         let maps = idmap::Maps {
             uid: &plan.namespaces.uid_map,

@@ -106,7 +106,8 @@ impl Plan {
             .process()
             .as_ref()
             .ok_or_else(|| Error::invalid("process property must not be empty"))?;
-        let namespaces = NamespacePlan::new(input.spec, input.host)?;
+        let mut namespaces = NamespacePlan::new(input.spec, input.host)?;
+        namespaces.late_cgroup = input.cgroup.unit().is_some();
         let mut process = ProcessPlan::new(process, linux, input.options)?;
         // Containers share seccomp, labels and the rest with every later exec; only here does the
         // user namespace decide whether groups can be set.

@@ -339,7 +339,7 @@ fn cgroup(input: &Input<'_>) -> Result<MountKind> {
     match (&input.host.cgroup, input.cgroup) {
         (CgroupMode::V2 { mountpoint, own }, record) => {
             let directory = match record {
-                CgroupRecord::V2 { path } => path.clone(),
+                CgroupRecord::V2 { path, .. } => path.clone(),
                 _ => mountpoint.join(own.strip_prefix("/").unwrap_or(own)),
             };
             Ok(MountKind::CgroupV2 {
@@ -350,7 +350,7 @@ fn cgroup(input: &Input<'_>) -> Result<MountKind> {
         }
         (CgroupMode::V1 { hierarchies, .. }, record) => {
             let own = match record {
-                CgroupRecord::V1 { paths } => Some(paths),
+                CgroupRecord::V1 { paths, .. } => Some(paths),
                 _ => None,
             };
             let mut mounts = Vec::new();

@@ -35,6 +35,8 @@ pub struct NamespacePlan {
     pub clone_flags: u64,
     /// Unshared by the child once it is in its cgroup: the namespace's root is where it stands.
     pub new_cgroup: bool,
+    /// Somebody else puts the child into its cgroup, after the clone.
+    pub late_cgroup: bool,
     pub new_time: bool,
     /// "monotonic 1 0\nboottime ...", written before the time namespace is entered.
     pub time_offsets: Option<String>,
@@ -107,6 +109,11 @@ impl NamespacePlan {
     /// Whether the join has to happen before the clone, in a process of its own.
     pub fn needs_stage(&self) -> bool {
         self.has_user() && !self.joins.is_empty()
+    }
+
+    /// Whether the child has to be told to go on before it enters its last namespaces.
+    pub fn waits(&self) -> bool {
+        self.waits_for_maps() || (self.new_cgroup && self.late_cgroup)
     }
 
     /// Whether the child may go on before the parent has written the id maps.

@@ -461,6 +461,7 @@ mod tests {
             bundle: "/b".into(),
             cgroup: CgroupRecord::V2 {
                 path: "/sys/fs/cgroup/x".into(),
+                unit: None,
             },
             pids: Vec::new(),
             mounts: Vec::new(),
