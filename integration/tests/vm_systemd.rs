@@ -1,5 +1,4 @@
-//! The systemd cgroup driver on a machine with systemd and cgroup v2: in the guest of
-//! `make test-vm`, or any such host.
+//! The systemd cgroup driver, on a machine with systemd and cgroup v2.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,21 +7,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::bundle::{Bench, Runtime};
 use coracle_integration::crictl::Config;
-use coracle_integration::{need_root, skip, wait_for};
+use coracle_integration::{need_guest, wait_for};
 use serde_json::{Value, json};
 
-macro_rules! need_systemd {
-    () => {
-        need_root!();
-        if !Path::new("/run/systemd/system").is_dir()
-            || !Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
-        {
-            skip!("no systemd with cgroup v2 here");
-        }
-    };
-}
-
-/// `systemctl` of the host, or of a user.
+/// What systemd says of its units.
 #[derive(Clone, Copy)]
 struct Systemctl;
 
@@ -78,9 +66,9 @@ impl Scope {
 
     fn config(&self, args: &[&str]) -> Config {
         let path = format!(":{}:{}", self.bench.mark, self.id);
-        let mut config = self.bench.config(&self.id, args);
-        config = config.set("/linux/cgroupsPath", path);
-        config
+        self.bench
+            .config(&self.id, args)
+            .set("/linux/cgroupsPath", path)
     }
 
     fn bundle(&self, config: &Config) -> Result<String> {
@@ -111,7 +99,7 @@ impl Scope {
 
 #[test]
 fn life_of_a_container_in_a_scope() -> Result<()> {
-    need_systemd!();
+    need_guest!();
     let scope = Scope::new("life")?;
     let (id, unit) = (scope.id.clone(), scope.unit());
     scope.start(&scope.config(&["sleep", "600"]))?;
@@ -161,7 +149,7 @@ fn life_of_a_container_in_a_scope() -> Result<()> {
 
 #[test]
 fn limits_are_properties_and_files() -> Result<()> {
-    need_systemd!();
+    need_guest!();
     let scope = Scope::new("limits")?;
     let unit = scope.unit();
     let config = scope
@@ -309,7 +297,7 @@ fn limits_are_properties_and_files() -> Result<()> {
 /// `exec --tty` works from then on. And an update must not lose devices either.
 #[test]
 fn terminals_and_devices_survive_a_reload() -> Result<()> {
-    need_systemd!();
+    need_guest!();
     let scope = Scope::new("tty")?;
     let id = scope.id.clone();
     let fuse = json!([
@@ -348,7 +336,7 @@ fn terminals_and_devices_survive_a_reload() -> Result<()> {
 
 #[test]
 fn failed_starts_leave_no_unit() -> Result<()> {
-    need_systemd!();
+    need_guest!();
     let scope = Scope::new("failed")?;
     let cases = [
         (
@@ -421,7 +409,7 @@ fn failed_starts_leave_no_unit() -> Result<()> {
 /// Killed at any moment, `create` leaves what `delete --force` takes away: the unit above all.
 #[test]
 fn killed_create_leaves_no_unit() -> Result<()> {
-    need_systemd!();
+    need_guest!();
     let scope = Scope::new("killed")?;
     let bundle = scope.bundle(&scope.config(&["sleep", "600"]))?;
     let mut seen_unit = false;
@@ -453,7 +441,7 @@ fn killed_create_leaves_no_unit() -> Result<()> {
 
 #[test]
 fn slices_and_names() -> Result<()> {
-    need_systemd!();
+    need_guest!();
     let scope = Scope::new("slice")?;
     // The default: what the other runtimes call it.
     let id = format!("{}-d", scope.bench.mark);
@@ -488,7 +476,7 @@ fn slices_and_names() -> Result<()> {
 /// finds it where its init has gone.
 #[test]
 fn delegated_cgroup_is_the_containers() -> Result<()> {
-    need_systemd!();
+    need_guest!();
     let scope = Scope::new("owner")?;
     let mut config = scope.config(&["sleep", "600"]);
     let namespaces = config.0["linux"]["namespaces"]
@@ -529,7 +517,7 @@ fn delegated_cgroup_is_the_containers() -> Result<()> {
 /// container's.
 #[test]
 fn user_manager_runs_rootless_containers() -> Result<()> {
-    need_systemd!();
+    need_guest!();
     const UID: u32 = 1000;
     let runtime_dir = format!("/run/user/{UID}");
     ensure!(

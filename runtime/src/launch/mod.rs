@@ -392,21 +392,11 @@ fn start(
         cgroup = cgroup_plan.start_unit(&mut manager, pid)?;
         undo.cgroup = Some(cgroup.clone());
         record.cgroup = cgroup.record();
-        if !plan.namespaces.waits_for_maps() && plan.namespaces.waits() {
-            channel.proceed()?;
-        }
     }
     if plan.namespaces.waits_for_maps() {
-        let maps = idmap::Maps {
-            uid: &plan.namespaces.uid_map,
-            gid: &plan.namespaces.gid_map,
-            setgroups: plan.namespaces.setgroups_allowed,
-        };
-        if !plan.namespaces.needs_stage() {
-            let limits = process::with_room_for_files(&plan.process.rlimits);
-            process::set_limits(Some(pid), &limits)?;
-        }
-        idmap::write(pid, maps, &host)?;
+        write_maps(&plan, &host, pid)?;
+    }
+    if plan.namespaces.waits() {
         channel.proceed()?;
     }
     if plan.namespaces.network_apart {
@@ -457,6 +447,20 @@ fn start(
         master,
         channel,
     })
+}
+
+/// The id maps of a new user namespace, and what is set before they hold.
+fn write_maps(plan: &Plan, host: &HostFacts, pid: i32) -> Result<()> {
+    let maps = idmap::Maps {
+        uid: &plan.namespaces.uid_map,
+        gid: &plan.namespaces.gid_map,
+        setgroups: plan.namespaces.setgroups_allowed,
+    };
+    if !plan.namespaces.needs_stage() {
+        let limits = process::with_room_for_files(&plan.process.rlimits);
+        process::set_limits(Some(pid), &limits)?;
+    }
+    idmap::write(pid, maps, host)
 }
 
 /// An init that was killed could not say why; the memory cgroup knows the usual reason.
