@@ -16,7 +16,7 @@ use super::step::{Dir, Step, Write};
 use super::systemd::driver::{self, UnitPlan};
 use super::systemd::{Facts, Unit};
 use super::tree::Cgroup;
-use super::{freeze, limits_v1, limits_v2, program, remove, tree};
+use super::{freeze, limits_v1, limits_v2, program, remove};
 use crate::error::{Error, Kind, Result};
 
 /// Everything that will be made and written, decided before anything is.
