@@ -7,10 +7,12 @@
 
 use std::fmt;
 
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
 use serde_json::Value;
 
 pub use oci_spec::runtime as spec;
+
+use crate::names;
 
 /// A parsed config.json and what had to be dropped from it.
 #[derive(Debug)]
@@ -145,17 +147,45 @@ fn parse_tolerant<T: DeserializeOwned>(
             warnings = drop_unknown_capabilities(sets);
         }
     }
-    match serde_json::from_value(document) {
+    drop_empty_seccomp(&mut document);
+    drop_other_platforms(&mut document);
+    match T::deserialize(&document) {
         Ok(parsed) => Ok((parsed, warnings)),
         // Errors from a Value have lost line and column: the first error says where to look,
         // unless it was one of those that we just tolerated.
         Err(source) => {
+            if let Some(unknown) = names::explain(&document, process) {
+                let source = serde_json::Error::custom(unknown);
+                return Err(ConfigError { what, source });
+            }
             let tolerated = source.to_string() != message(&strict);
             Err(ConfigError {
                 what,
                 source: if tolerated { source } else { strict },
             })
         }
+    }
+}
+
+/// A profile that names neither a default nor a call is none, as in runc.
+fn drop_empty_seccomp(document: &mut Value) {
+    let Some(linux) = document.get_mut("linux").and_then(Value::as_object_mut) else {
+        return;
+    };
+    let empty = linux.get("seccomp").is_some_and(|seccomp| {
+        let default = seccomp.get("defaultAction").and_then(Value::as_str);
+        let calls = seccomp.get("syscalls").and_then(Value::as_array);
+        default.is_none_or(str::is_empty) && calls.is_none_or(Vec::is_empty)
+    });
+    if empty {
+        linux.remove("seccomp");
+    }
+}
+
+/// What is for other platforms is not looked at, whatever it is.
+fn drop_other_platforms(document: &mut Value) {
+    if let Some(members) = document.as_object_mut() {
+        members.retain(|name, _| !matches!(name.as_str(), "vm" | "windows" | "solaris" | "zos"));
     }
 }
 
@@ -280,6 +310,29 @@ mod tests {
     }
 
     #[test]
+    fn empty_seccomp_profile_is_none() {
+        for profile in ["{}", r#"{"defaultAction":"","syscalls":[]}"#] {
+            let text = format!(
+                r#"{{"ociVersion":"1.0.2","linux":{{"seccomp":{profile},"mountLabel":"x"}}}}"#
+            );
+            let linux = parse(text.as_bytes())
+                .unwrap()
+                .spec
+                .linux()
+                .clone()
+                .unwrap();
+            assert!(linux.seccomp().is_none() && linux.mount_label().is_some());
+        }
+    }
+
+    #[test]
+    fn other_platforms_members_are_not_looked_at() {
+        let text = r#"{"ociVersion":"1.0.2","windows":{"layerFolders":7},"vm":[],"hostname":"h"}"#;
+        let spec = parse(text.as_bytes()).unwrap().spec;
+        assert_eq!(spec.hostname().as_deref(), Some("h"));
+    }
+
+    #[test]
     fn parse_null_members_are_absent() {
         let text = r#"{"ociVersion":"1.0.2","root":null,"hostname":null,
             "linux":{"resources":{"pids":{"limit":null}}}}"#;
@@ -300,10 +353,11 @@ mod tests {
         let cases: &[(&str, &str)] = &[
             ("{", "EOF while parsing"),
             (
-                r#"{"ociVersion":"1.0.2","linux":{"namespaces":[{"type":"nope"}]}}"#,
-                "line 1",
+                r#"{"ociVersion":"1.0.2","linux":{"namespaces":[{"type":5}]}}"#,
+                "namespace \"\" does not exist",
             ),
             (r#"{"ociVersion":"1.0.2","hostname":5}"#, "line 1"),
+            (r#"{"ociVersion":"1.0.2","linux":{"sysctl":5}}"#, "line 1"),
         ];
         for (text, want) in cases {
             let error = parse(text.as_bytes()).unwrap_err();

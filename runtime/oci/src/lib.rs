@@ -8,6 +8,7 @@
 
 pub mod config;
 pub mod id;
+mod names;
 pub mod record;
 pub mod state;
 pub mod time;
