@@ -27,7 +27,9 @@ use crate::init::resolve::Root;
 use crate::init::{self, Never, program};
 use crate::launch::channel::Channel;
 use crate::launch::{self, Conversation, Goal, process};
+use crate::plan::sets::IdSet;
 use crate::plan::{LaunchOptions, ProcessPlan};
+use crate::resctrl;
 use crate::seccomp;
 use crate::state::open_process;
 
@@ -51,7 +53,7 @@ pub struct Joined {
     pub pidfd: OwnedFd,
     pub master: Option<OwnedFd>,
     /// The CPUs it was started on.
-    pub initial_affinity: Option<Vec<usize>>,
+    pub initial_affinity: Option<IdSet>,
 }
 
 /// Makes the process and lets it execute its program.
@@ -94,6 +96,7 @@ pub fn join(request: Request<'_>) -> Result<Joined> {
         keyring: keyring.as_deref(),
     };
     let (channel, pid, pidfd) = place(&child, &cgroup, request.record, request.cgroups)?;
+    let resctrl = request.record.resctrl.as_ref();
     let state = State::new(request.record, Status::Running);
     let mut conversation = Conversation {
         channel: &channel,
@@ -108,6 +111,7 @@ pub fn join(request: Request<'_>) -> Result<Joined> {
         Some(adjustment) => process::set_oom_score_adj(pid, adjustment),
         None => Ok(()),
     }
+    .and_then(|()| resctrl.map_or(Ok(()), |groups| resctrl::join(groups, pid)))
     .and_then(|()| channel.proceed())
     .and_then(|()| conversation.until(Goal::Executed, pid));
     let master = conversation.master;
@@ -320,8 +324,7 @@ impl Child<'_> {
     fn steps(&self, joins: &[OwnedFd], channel: &Channel) -> Result<Never> {
         let plan = self.plan;
         init::join_cgroup(joins)?;
-        // While the host's /proc is still there.
-        let labels = LabelFiles::open(plan)?;
+        let proc = identity::host_proc(plan)?;
         process::set_limits(None, &plan.rlimits)?;
         if !self.namespaces.inside.is_empty() {
             rustix::thread::move_into_thread_name_spaces(self.init, self.namespaces.inside)
@@ -347,10 +350,11 @@ impl Child<'_> {
             channel.report_clone(pid, pidfd.as_fd())?;
             exit_now(0)
         }
+        let labels = LabelFiles::open(plan, proc.as_ref())?;
         init::new_session()?;
         init::hide()?;
         if let Some(name) = self.keyring {
-            init::join_keyring(name, 0)?;
+            labels.with_key_label(plan, || init::join_keyring(name, 0))?;
         }
         if plan.terminal {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -26,6 +26,7 @@ pub mod join;
 pub mod launch;
 pub mod log;
 pub mod plan;
+pub mod resctrl;
 pub mod sealed;
 pub mod seccomp;
 pub mod spec;

@@ -96,6 +96,17 @@ pub struct MountRecord {
     pub id: u64,
 }
 
+/// The container's groups in the resctrl filesystem.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ResctrlRecord {
+    pub group: PathBuf,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub monitor: Option<PathBuf>,
+    /// The group was made for this container alone, and goes with it.
+    pub owned: bool,
+}
+
 /// What `create` is about to do, on disk before it does any of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -109,6 +120,8 @@ pub struct IntentRecord {
     /// Mounts that the parent makes in its own mount namespace.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<MountRecord>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resctrl: Option<ResctrlRecord>,
 }
 
 /// A created container.
@@ -144,6 +157,8 @@ pub struct ContainerRecord {
     /// Of a container that shares the runtime's mount namespace: its root.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<MountRecord>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resctrl: Option<ResctrlRecord>,
 }
 
 impl ContainerRecord {

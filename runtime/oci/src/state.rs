@@ -143,6 +143,7 @@ mod tests {
             rootless_cgroups: false,
             no_new_keyring: false,
             mounts: Vec::new(),
+            resctrl: None,
         }
     }
 

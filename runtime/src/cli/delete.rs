@@ -24,6 +24,7 @@ use crate::error::{Error, Kind, Result};
 use crate::hooks;
 use crate::launch::host_root;
 use crate::log;
+use crate::resctrl;
 use crate::state::{
     Begun, Container, Decision, Entry, Lock, Request, Status, Store, decide, open_process,
     parse_id, process_start_time, wait_exit,
@@ -149,6 +150,9 @@ fn destroy(container: &Container, lock: Lock) -> Result<()> {
     for mount in &container.record.mounts {
         host_root::remove(mount)?;
     }
+    if let Some(resctrl) = &container.record.resctrl {
+        resctrl::remove(resctrl)?;
+    }
     container
         .entry
         .remove()
@@ -228,6 +232,9 @@ fn undo(begun: &Begun) -> Result<()> {
     if is_ours(&cgroup, begun.creator)? {
         cgroup.kill_all()?;
         cgroup.delete()?;
+    }
+    if let Some(resctrl) = &intent.resctrl {
+        resctrl::remove(resctrl)?;
     }
     for mount in intent.mounts.iter().rev() {
         host_root::remove(mount)?;

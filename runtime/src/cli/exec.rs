@@ -131,9 +131,7 @@ fn tell(global: &GlobalArgs, joined: &Joined) {
         format!("nsexec container setup: cloned pid {pid}")
     });
     if let Some(cpus) = &joined.initial_affinity {
-        let mask = cpus.iter().filter(|cpu| **cpu < 128);
-        let mask = mask.fold(0u128, |mask, cpu| mask | 1 << cpu);
-        log::debug(global, || format!("nsexec: affinity: {mask:#x}"));
+        log::debug(global, || format!("nsexec: affinity: {cpus}"));
     }
     log::debug(global, || {
         format!("child process in init(): pid {pid} has joined the container")

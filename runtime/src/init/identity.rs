@@ -4,48 +4,112 @@
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 
 use coracle_sys::{exec, process as sys};
-use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
+use rustix::fs::{FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::launch::channel::Channel;
 use crate::plan::ProcessPlan;
 use crate::plan::process::CapabilityMasks;
+use crate::plan::sets::IdSet;
 
-/// What the kernel knows of security modules' labels, opened while the host's /proc is there.
+/// The files by which a process tells the security modules its labels.
 #[derive(Debug, Default)]
 pub struct LabelFiles {
     selinux: Option<OwnedFd>,
     apparmor: Option<OwnedFd>,
+    /// The SELinux label of the keys that the process makes.
+    keys: Option<OwnedFd>,
+}
+
+/// The host's /proc, if the plan has labels to write. What stands in its place in a container is
+/// the container's word: a label written there may end up anywhere (CVE-2019-16884, CVE-2019-19921).
+pub fn host_proc(plan: &ProcessPlan) -> Result<Option<OwnedFd>> {
+    if plan.selinux_label.is_none() && plan.apparmor_profile.is_none() {
+        return Ok(None);
+    }
+    let fail = |error: Errno| Error::system("open", "/proc", error);
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let proc = rustix::fs::open("/proc", flags, Mode::empty()).map_err(fail)?;
+    let found = rustix::fs::fstatfs(&proc).map_err(fail)?;
+    if found.f_type != rustix::fs::PROC_SUPER_MAGIC {
+        return Err(Error::new(Kind::System, "/proc is no proc filesystem", ""));
+    }
+    Ok(Some(proc))
+}
+
+/// A file of the calling thread in that /proc, and none that is mounted over it.
+fn open_attribute(proc: &OwnedFd, name: &str) -> std::result::Result<OwnedFd, Errno> {
+    let path = format!("thread-self/attr/{name}");
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let resolve = ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS;
+    match rustix::fs::openat2(proc, &path, flags, Mode::empty(), resolve) {
+        // Linux before 5.6, or a sandbox that hides the call.
+        Err(Errno::NOSYS | Errno::PERM) => {
+            let file = rustix::fs::openat(proc, &path, flags, Mode::empty())?;
+            match rustix::fs::fstatfs(&file)?.f_type {
+                rustix::fs::PROC_SUPER_MAGIC => Ok(file),
+                _ => Err(Errno::XDEV),
+            }
+        }
+        opened => opened,
+    }
 }
 
 impl LabelFiles {
-    /// Opens the files that the plan will write.
-    pub fn open(plan: &ProcessPlan) -> Result<Self> {
-        let open = |path: &str| {
-            rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
-                .map_err(|error| Error::system("open", path, error))
+    /// Opens the files that the plan will write; `proc` is what [`host_proc`] gave. They belong to
+    /// the process that opens them.
+    pub fn open(plan: &ProcessPlan, proc: Option<&OwnedFd>) -> Result<Self> {
+        let Some(proc) = proc else {
+            return Ok(Self::default());
+        };
+        let named = |name: &str| {
+            open_attribute(proc, name).map_err(|error| {
+                Error::system("open", format!("/proc/thread-self/attr/{name}"), error)
+            })
+        };
+        let selinux = plan.selinux_label.is_some();
+        let apparmor = || match open_attribute(proc, "apparmor/exec") {
+            // Before Linux 5.8 the modules share one file.
+            Err(Errno::NOENT) => named("exec"),
+            opened => opened.map_err(|error| {
+                Error::system("open", "/proc/thread-self/attr/apparmor/exec", error)
+            }),
         };
         Ok(Self {
-            selinux: plan
-                .selinux_label
-                .as_ref()
-                .map(|_| open("/proc/thread-self/attr/exec"))
-                .transpose()?,
+            selinux: selinux.then(|| named("exec")).transpose()?,
+            keys: selinux.then(|| named("keycreate")).transpose()?,
             apparmor: plan
                 .apparmor_profile
                 .as_ref()
-                .map(|_| {
-                    open("/proc/thread-self/attr/apparmor/exec")
-                        .or_else(|_| open("/proc/thread-self/attr/exec"))
-                })
+                .map(|_| apparmor())
                 .transpose()?,
         })
     }
 
+    /// What `make` makes are keys with the process's label: the program could not use others.
+    pub fn with_key_label<T>(
+        &self,
+        plan: &ProcessPlan,
+        make: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let (Some(file), Some(label)) = (&self.keys, &plan.selinux_label) else {
+            return make();
+        };
+        let set = |label: &[u8]| {
+            rustix::io::write(file, label)
+                .map(drop)
+                .map_err(|error| Error::system("unable to set the label of keys", "", error))
+        };
+        set(label)?;
+        let made = make()?;
+        set(&[])?;
+        Ok(made)
+    }
+
     fn fds(&self) -> impl Iterator<Item = RawFd> {
-        let files = self.selinux.iter().chain(&self.apparmor);
+        let files = self.selinux.iter().chain(&self.apparmor).chain(&self.keys);
         files.map(std::os::fd::AsRawFd::as_raw_fd)
     }
 
@@ -73,6 +137,10 @@ pub fn apply(plan: &ProcessPlan, labels: &LabelFiles, channel: &Channel) -> Resu
     if let Some(persona) = plan.personality {
         sys::set_personality(persona)
             .map_err(|error| Error::system("personality", format!("{persona:#x}"), error))?;
+    }
+    if let Some(policy) = &plan.memory_policy {
+        sys::set_memory_policy(policy.mode, policy.nodes.words())
+            .map_err(|error| Error::system("set_mempolicy", "", error))?;
     }
     if let Some(attributes) = &plan.scheduler {
         sys::set_scheduler(attributes).map_err(|error| refused_scheduler(plan, error))?;
@@ -116,23 +184,16 @@ fn refused_scheduler(plan: &ProcessPlan, error: std::io::Error) -> Error {
     Error::system("error setting scheduler", "", error)
 }
 
-pub fn set_affinity(cpus: &[usize]) -> Result<()> {
-    let mut set = rustix::thread::CpuSet::new();
-    for cpu in cpus {
-        set.set(*cpu);
-    }
-    rustix::thread::sched_setaffinity(None, &set)
-        .map_err(|error| Error::system("sched_setaffinity", format!("{cpus:?}"), error))
+pub fn set_affinity(cpus: &IdSet) -> Result<()> {
+    sys::set_affinity(cpus.words())
+        .map_err(|error| Error::system("sched_setaffinity", cpus.to_string(), error))
 }
 
 /// All processors that the cpuset allows, whatever the caller of the runtime keeps to. A sandbox
 /// that refuses this leaves the caller's choice in force.
 fn reset_affinity() {
-    let mut set = rustix::thread::CpuSet::new();
-    for cpu in 0..rustix::thread::CpuSet::MAX_CPU {
-        set.set(cpu);
-    }
-    let _ = rustix::thread::sched_setaffinity(None, &set);
+    // As many as the kernel can be built for (CONFIG_NR_CPUS).
+    let _ = sys::set_affinity(&[libc::c_ulong::MAX; 8192 / libc::c_ulong::BITS as usize]);
 }
 
 /// Loads the filter now that no_new_privs is on; the plan without it has loaded it before.

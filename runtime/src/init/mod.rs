@@ -92,6 +92,9 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     }
     enter_late_namespaces(&plan.namespaces)?;
     hide()?;
+    // While /proc is the host's.
+    let proc = identity::host_proc(process)?;
+    let labels = LabelFiles::open(process, proc.as_ref())?;
     if let Some(name) = &plan.keyring {
         // The ids of a user namespace are others in the runtime's.
         let search = if plan.namespaces.has_user() {
@@ -99,7 +102,7 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
         } else {
             KEYRING_USER_SEARCH
         };
-        join_keyring(name, search)?;
+        labels.with_key_label(process, || join_keyring(name, search))?;
     }
     name_host(plan)?;
     if plan.namespaces.new_network && !plan.namespaces.network_apart {
@@ -134,7 +137,6 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     rootfs::mask(&root, plan)?;
     runtime_hooks(child, &root)?;
     rootfs::seal(&root, plan)?;
-    let labels = LabelFiles::open(process)?;
     rootfs::enter(&root, &plan.rootfs)?;
     drop(root);
     child.channel.report_built()?;

@@ -15,9 +15,11 @@ pub mod foreground;
 pub mod gate;
 pub mod host_root;
 mod idmap;
+mod netdev;
 pub mod network;
 pub mod notify;
 pub mod process;
+mod rtnetlink;
 mod seccomp_agent;
 mod sources;
 mod stage;
@@ -42,6 +44,7 @@ use crate::host::HostFacts;
 use crate::init::{self, Inheritance};
 use crate::log;
 use crate::plan::{Input, LaunchOptions, Plan, namespace_file};
+use crate::resctrl::Resctrl;
 use crate::seccomp;
 use crate::spec::CheckedSpec;
 use crate::state::{Entry, Intent, Store, process_start_time};
@@ -89,6 +92,7 @@ struct Prepared {
     cgroup_plan: CgroupPlan,
     /// Who makes the cgroup, with the systemd driver.
     systemd: Option<Manager>,
+    resctrl: Option<Resctrl>,
     state: State,
     record: ContainerRecord,
     host_root: Option<HostRoot>,
@@ -112,6 +116,7 @@ pub fn launch(request: Request<'_>) -> Result<Launched> {
         cgroup: prepared.record.cgroup.clone(),
         pids: Vec::new(),
         mounts: prepared.record.mounts.clone(),
+        resctrl: prepared.record.resctrl.clone(),
     })?;
     let mut undo = Undo::default();
     if notify::host().is_some()
@@ -147,6 +152,7 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
         log::warning(request.global, &warning);
     }
     check_rootfs(&plan.rootfs.path)?;
+    let resctrl = Resctrl::plan(config.linux().as_ref(), &request.id)?;
     if let Some(profile) = config
         .linux()
         .as_ref()
@@ -190,6 +196,7 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
         private_pid_namespace: plan.namespaces.new_pid,
         rootless_cgroups: cgroup_plan.is_rootless(),
         no_new_keyring: request.options.no_new_keyring,
+        resctrl: resctrl.as_ref().map(|resctrl| resctrl.record().clone()),
         id: request.id,
     };
     Ok(Prepared {
@@ -200,6 +207,7 @@ fn prepare(request: Request<'_>) -> Result<Prepared> {
         plan,
         cgroup_plan,
         systemd,
+        resctrl,
         state,
         record,
         host_root,
@@ -261,12 +269,21 @@ pub fn terminal_fits(terminal: bool, foreground: bool, console_socket: bool) -> 
 }
 
 fn check_rootfs(path: &Path) -> Result<()> {
-    match rustix::fs::stat(path) {
+    match rustix::fs::lstat(path) {
         Ok(stat)
             if rustix::fs::FileType::from_raw_mode(stat.st_mode)
                 == rustix::fs::FileType::Directory =>
         {
             Ok(())
+        }
+        // Whoever may change the link could point it elsewhere between two looks.
+        Ok(stat)
+            if rustix::fs::FileType::from_raw_mode(stat.st_mode)
+                == rustix::fs::FileType::Symlink =>
+        {
+            Err(Error::invalid(
+                "invalid rootfs: not an absolute path, or a symlink",
+            ))
         }
         Ok(_) => Err(Error::invalid(format!(
             "rootfs ({}) is not a directory",
@@ -348,6 +365,7 @@ fn start(
         plan,
         cgroup_plan,
         systemd,
+        resctrl,
         mut state,
         mut record,
         host_root,
@@ -403,6 +421,11 @@ fn start(
         network::make(&channel)?;
     }
     cgroup.apply_limits(&cgroup_plan)?;
+    if let Some(resctrl) = resctrl {
+        undo.resctrl = Some(resctrl.record().clone());
+        resctrl.apply(pid)?;
+    }
+    netdev::move_to(&plan, pid)?;
     if let Some(adjustment) = plan.process.oom_score_adj {
         process::set_oom_score_adj(pid, adjustment)?;
     }

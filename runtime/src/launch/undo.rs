@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use coracle_oci::record::{ContainerRecord, MountRecord};
+use coracle_oci::record::{ContainerRecord, MountRecord, ResctrlRecord};
 use coracle_oci::spec::{Hook, Hooks};
 use coracle_oci::state::{State, Status};
 
@@ -11,6 +11,7 @@ use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
 use crate::hooks;
 use crate::plan::Plan;
+use crate::resctrl;
 use crate::state::{Entry, Intent};
 
 /// What there is to undo so far.
@@ -18,6 +19,7 @@ use crate::state::{Entry, Intent};
 pub struct Undo {
     pub cgroup: Option<Cgroup>,
     pub mounts: Vec<MountRecord>,
+    pub resctrl: Option<ResctrlRecord>,
     child: Option<(i32, OwnedFd)>,
     poststop: Option<(Vec<Hook>, State)>,
 }
@@ -58,6 +60,9 @@ impl Undo {
         for mount in &self.mounts {
             failures.note(host_root::remove(mount));
         }
+        if let Some(resctrl) = &self.resctrl {
+            failures.note(resctrl::remove(resctrl));
+        }
         failures.note(intent.abandon());
         if let Some((list, mut state)) = self.poststop {
             state.status = Status::Stopped;
@@ -82,6 +87,9 @@ pub fn destroy(
     failures.note(cgroup.delete());
     for mount in &record.mounts {
         failures.note(host_root::remove(mount));
+    }
+    if let Some(resctrl) = &record.resctrl {
+        failures.note(resctrl::remove(resctrl));
     }
     failures.note(entry.remove());
     let mut state = state.clone();

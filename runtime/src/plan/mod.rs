@@ -4,10 +4,12 @@
 //! child that walks a plan looks nothing up and parses nothing.
 
 pub mod devices;
+pub mod memory_policy;
 pub mod mounts;
 pub mod namespaces;
 pub mod options;
 pub mod process;
+pub mod sets;
 
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt as _;
@@ -15,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use coracle_oci::ContainerId;
 use coracle_oci::record::CgroupRecord;
-use coracle_oci::spec::{Hooks, LinuxNamespaceType as Kind};
+use coracle_oci::spec::{Hooks, Linux, LinuxNamespaceType as Kind};
 
 use crate::cgroup::CgroupMode;
 use crate::error::{Error, Result};
@@ -40,6 +42,8 @@ pub struct Plan {
     pub sysctls: Vec<(CString, Vec<u8>)>,
     pub hostname: Option<Vec<u8>>,
     pub domainname: Option<Vec<u8>>,
+    /// The host's network devices that the container takes over, and their names there.
+    pub net_devices: Vec<(String, String)>,
     pub masked_paths: Vec<CString>,
     pub readonly_paths: Vec<CString>,
     /// The name of the session keyring to join.
@@ -133,6 +137,7 @@ impl Plan {
             sysctls: sysctls(input.spec)?,
             hostname: named(spec.hostname()),
             domainname: named(spec.domainname()),
+            net_devices: net_devices(linux),
             masked_paths: once(paths(
                 linux.and_then(|linux| linux.masked_paths().as_ref()),
             )?),
@@ -173,6 +178,12 @@ fn rootfs(input: &Input<'_>) -> Result<RootfsPlan> {
         .as_ref()
         .and_then(|linux| linux.rootfs_propagation().as_deref())
         .and_then(options::propagation);
+    // Without pivot_root the old root stays mounted below, and a private one holds it for good.
+    if input.options.no_pivot && propagation.is_some_and(|flags| flags & libc::MS_PRIVATE != 0) {
+        return Err(Error::invalid(
+            "rootfsPropagation of [r]private is not safe without pivot_root",
+        ));
+    }
     Ok(RootfsPlan {
         c_path: c_string("root.path", path.as_os_str().as_bytes())?,
         path,
@@ -193,6 +204,21 @@ fn initial_propagation(wanted: Option<u64>) -> u64 {
         Some(flags) if flags & libc::MS_UNBINDABLE == 0 => flags | libc::MS_REC,
         _ => libc::MS_SLAVE | libc::MS_REC,
     }
+}
+
+/// In the order of their names.
+fn net_devices(linux: Option<&Linux>) -> Vec<(String, String)> {
+    let all = linux.and_then(|linux| linux.net_devices().as_ref());
+    let mut devices: Vec<_> = all
+        .into_iter()
+        .flatten()
+        .map(|(name, device)| {
+            let new = device.name().as_ref().filter(|new| !new.is_empty());
+            (name.clone(), new.unwrap_or(name).clone())
+        })
+        .collect();
+    devices.sort();
+    devices
 }
 
 fn sysctls(spec: &CheckedSpec) -> Result<Vec<(CString, Vec<u8>)>> {

@@ -12,6 +12,8 @@ use coracle_oci::spec::{
 use coracle_sys::exec::CStringArray;
 use coracle_sys::process::SchedulerAttributes;
 
+use super::memory_policy::MemoryPolicy;
+use super::sets::IdSet;
 use super::{LaunchOptions, c_string};
 use crate::error::{Error, Result};
 use crate::seccomp::Compiled;
@@ -53,6 +55,7 @@ pub struct ProcessPlan {
     /// Class and priority.
     pub io_priority: Option<(u32, u32)>,
     pub personality: Option<u32>,
+    pub memory_policy: Option<MemoryPolicy>,
     /// What is written to /proc/self/attr/exec, or its AppArmor twin.
     pub selinux_label: Option<Vec<u8>>,
     pub apparmor_profile: Option<Vec<u8>>,
@@ -65,8 +68,8 @@ pub struct ProcessPlan {
     /// The first fd that the program must not inherit.
     pub first_closed_fd: i32,
     /// CPUs while joining, and CPUs of the program (exec only).
-    pub initial_affinity: Option<Vec<usize>>,
-    pub final_affinity: Option<Vec<usize>>,
+    pub initial_affinity: Option<IdSet>,
+    pub final_affinity: Option<IdSet>,
 }
 
 impl ProcessPlan {
@@ -98,10 +101,11 @@ impl ProcessPlan {
         let user = process.user();
         let given = |label: &Option<String>| label.clone().filter(|label| !label.is_empty());
         let affinity = process.exec_cpu_affinity().as_ref();
-        let cpus = |list: Option<&String>| -> Result<Option<Vec<usize>>> {
+        let cpus = |list: Option<&String>, field: &str| -> Result<Option<IdSet>> {
             list.filter(|list| !list.is_empty())
-                .map(|list| cpu_list(list))
+                .map(|list| IdSet::parse(list))
                 .transpose()
+                .map_err(|reason| Error::invalid(format!("bad CPUAffinity.{field}: {reason}")))
         };
         Ok(Self {
             args: CStringArray::new(
@@ -138,6 +142,10 @@ impl ProcessPlan {
                     LinuxPersonalityDomain::PerLinux => 0,
                     LinuxPersonalityDomain::PerLinux32 => 8,
                 }),
+            memory_policy: linux
+                .and_then(|linux| linux.memory_policy().as_ref())
+                .map(MemoryPolicy::new)
+                .transpose()?,
             selinux_label: given(process.selinux_label()).map(String::into_bytes),
             apparmor_profile: given(process.apparmor_profile())
                 .map(|profile| format!("exec {profile}").into_bytes()),
@@ -151,8 +159,11 @@ impl ProcessPlan {
             first_closed_fd: 3_i32
                 .saturating_add_unsigned(options.preserve_fds)
                 .saturating_add_unsigned(options.listen_fds),
-            initial_affinity: cpus(affinity.and_then(|a| a.initial().as_ref()))?,
-            final_affinity: cpus(affinity.and_then(|a| a.cpu_affinity_final().as_ref()))?,
+            initial_affinity: cpus(affinity.and_then(|a| a.initial().as_ref()), "Initial")?,
+            final_affinity: cpus(
+                affinity.and_then(|a| a.cpu_affinity_final().as_ref()),
+                "Final",
+            )?,
         })
     }
 }
@@ -344,7 +355,6 @@ fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes> {
     }
     let priority = scheduler.priority().unwrap_or(0);
     Ok(SchedulerAttributes {
-        size: 0,
         policy,
         flags,
         nice: scheduler.nice().unwrap_or(0),
@@ -353,30 +363,8 @@ fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes> {
         runtime: scheduler.runtime().unwrap_or(0),
         deadline: scheduler.deadline().unwrap_or(0),
         period: scheduler.period().unwrap_or(0),
+        ..SchedulerAttributes::default()
     })
-}
-
-/// "0-3,7"
-fn cpu_list(list: &str) -> Result<Vec<usize>> {
-    let bad = || {
-        Error::invalid(format!(
-            "process.execCPUAffinity: invalid CPU list {list:?}"
-        ))
-    };
-    let number = |text: &str| text.trim().parse::<usize>().ok().filter(|cpu| *cpu < 1024);
-    let mut cpus = Vec::new();
-    for part in list.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let (first, last) = (
-            number(first).ok_or_else(bad)?,
-            number(last).ok_or_else(bad)?,
-        );
-        if first > last {
-            return Err(bad());
-        }
-        cpus.extend(first..=last);
-    }
-    Ok(cpus)
 }
 
 #[cfg(test)]
@@ -413,20 +401,5 @@ mod tests {
         assert!(environment(&["=x".to_owned()]).is_err());
         assert!(environment(&["x".to_owned()]).is_err());
         assert!(environment(&["x=\0".to_owned()]).is_err());
-    }
-
-    #[test]
-    fn cpu_list_table() {
-        let cases: &[(&str, Option<&[usize]>)] = &[
-            ("0", Some(&[0])),
-            ("0-2,5", Some(&[0, 1, 2, 5])),
-            ("3-1", None),
-            ("x", None),
-            ("", None),
-            ("99999", None),
-        ];
-        for (list, want) in cases {
-            assert_eq!(cpu_list(list).ok().as_deref(), *want, "{list}");
-        }
     }
 }

@@ -10,7 +10,7 @@ use coracle_oci::spec::{
     IOPriorityClass, Linux, LinuxNamespaceType as Kind, LinuxSchedulerPolicy, Mount, Process, Spec,
 };
 
-use super::sysctl;
+use super::{linux, sysctl};
 use crate::error::{Error, Result};
 use crate::host::HostFacts;
 
@@ -19,6 +19,8 @@ use crate::host::HostFacts;
 pub struct Namespaces {
     created: Vec<Kind>,
     joined: Vec<(Kind, std::path::PathBuf)>,
+    /// Those whose sysctls are the container's own; only looked at if it sets any.
+    pub(super) owned: sysctl::Owned,
 }
 
 impl Namespaces {
@@ -50,9 +52,8 @@ impl Namespaces {
 /// Runs every check.
 pub(super) fn all(spec: &Spec, host: &HostFacts) -> Result<Namespaces> {
     version(spec)?;
-    platform(spec)?;
     root(spec)?;
-    let namespaces = namespaces(spec)?;
+    let mut namespaces = namespaces(spec)?;
     let process_spec = spec
         .process()
         .as_ref()
@@ -63,10 +64,12 @@ pub(super) fn all(spec: &Spec, host: &HostFacts) -> Result<Namespaces> {
         mount_namespace(linux, &namespaces)?;
         user_namespace(linux, &namespaces)?;
         time_namespace(linux, &namespaces)?;
-        sysctls(linux, &namespaces)?;
-        unsupported(linux)?;
+        namespaces.owned = sysctls(linux, &namespaces)?;
+        linux::net_devices(linux, &namespaces, host)?;
+        propagation(linux)?;
         mount_label(linux, host)?;
     }
+    linux::rootless(spec, &namespaces, host)?;
     for mount in spec.mounts().iter().flatten() {
         check_mount(mount, &namespaces, host)?;
     }
@@ -83,13 +86,6 @@ fn version(spec: &Spec) -> Result<()> {
         return Err(Error::unsupported(format!(
             "ociVersion: version {version:?} is not supported"
         )));
-    }
-    Ok(())
-}
-
-fn platform(spec: &Spec) -> Result<()> {
-    if spec.vm().is_some() {
-        return Err(Error::unsupported("vm: virtual machines are not supported"));
     }
     Ok(())
 }
@@ -208,10 +204,18 @@ fn scheduler(process: &Process) -> Result<()> {
         policy,
         LinuxSchedulerPolicy::SchedFifo | LinuxSchedulerPolicy::SchedRr
     );
+    // The others have no use for it.
+    let timeshared = matches!(
+        policy,
+        LinuxSchedulerPolicy::SchedOther | LinuxSchedulerPolicy::SchedBatch
+    );
     if let Some(nice) = scheduler.nice()
+        && timeshared
         && !(-20..=19).contains(nice)
     {
-        return Err(Error::invalid(format!("invalid scheduler.nice: {nice}")));
+        return Err(Error::invalid(format!(
+            "invalid scheduler.nice: {nice} when scheduler.policy is {policy}"
+        )));
     }
     if scheduler.priority().is_some_and(|priority| priority != 0) && !realtime {
         return Err(Error::invalid(
@@ -327,7 +331,8 @@ fn time_namespace(linux: &Linux, namespaces: &Namespaces) -> Result<()> {
     }
     if namespaces.joins(Kind::Time).is_some() {
         return Err(Error::invalid(
-            "time namespace offsets specified, but the time namespace is joined by path",
+            "time namespace enabled, but both namespace path and time offsets specified -- you may \
+             only provide one",
         ));
     }
     match offsets
@@ -341,47 +346,19 @@ fn time_namespace(linux: &Linux, namespaces: &Namespaces) -> Result<()> {
     }
 }
 
-fn sysctls(linux: &Linux, namespaces: &Namespaces) -> Result<()> {
-    let owned = owned(namespaces);
-    for (name, value) in linux.sysctl().iter().flatten() {
+fn sysctls(linux: &Linux, namespaces: &Namespaces) -> Result<sysctl::Owned> {
+    let settings = linux.sysctl().as_ref();
+    let Some(settings) = settings.filter(|settings| !settings.is_empty()) else {
+        return Ok(sysctl::Owned::default());
+    };
+    let owned = linux::owned(namespaces)?;
+    for (name, value) in settings {
         sysctl::check(name, value, owned)?;
     }
-    Ok(())
+    Ok(owned)
 }
 
-/// A joined network namespace counts as owned, as in runc: the engine says it is the container's.
-pub(super) fn owned(namespaces: &Namespaces) -> sysctl::Owned {
-    sysctl::Owned {
-        ipc: namespaces.has(Kind::Ipc),
-        network: namespaces.has(Kind::Network),
-        uts: namespaces.has(Kind::Uts),
-        user: namespaces.has(Kind::User),
-    }
-}
-
-/// Fields that would change the isolation and that this build does not apply.
-fn unsupported(linux: &Linux) -> Result<()> {
-    let refuse = |field: &str| Err(Error::unsupported(format!("{field} is not supported")));
-    if linux.intel_rdt().is_some() {
-        return refuse("linux.intelRdt");
-    }
-    if linux.memory_policy().is_some() {
-        return refuse("linux.memoryPolicy");
-    }
-    if linux
-        .net_devices()
-        .as_ref()
-        .is_some_and(|devices| !devices.is_empty())
-    {
-        return refuse("linux.netDevices");
-    }
-    let flags = linux
-        .personality()
-        .as_ref()
-        .and_then(|personality| personality.flags().as_ref());
-    if flags.is_some_and(|flags| !flags.is_empty()) {
-        return refuse("linux.personality.flags");
-    }
+fn propagation(linux: &Linux) -> Result<()> {
     match linux.rootfs_propagation().as_deref() {
         None | Some("") => Ok(()),
         Some(name) if crate::plan::options::propagation(name).is_some() => Ok(()),
@@ -550,15 +527,6 @@ mod tests {
                 "selinux label is specified",
             ),
             (|c| c["root"] = Value::Null, "root must be specified"),
-            (|c| c["linux"]["intelRdt"] = json!({}), "linux.intelRdt"),
-            (
-                |c| c["linux"]["memoryPolicy"] = json!({"mode": "MPOL_BIND", "nodes": "0"}),
-                "linux.memoryPolicy",
-            ),
-            (
-                |c| c["linux"]["netDevices"] = json!({"eth0": {"name": "eth1"}}),
-                "linux.netDevices",
-            ),
             (
                 |c| c["linux"]["timeOffsets"] = json!({"monotonic": {"secs": 1}}),
                 "time namespace offsets",

@@ -2,6 +2,7 @@
 //! few that ask which security modules the host has.
 
 mod checks;
+mod linux;
 mod sysctl;
 
 use coracle_oci::config;
@@ -26,9 +27,10 @@ impl CheckedSpec {
     /// # Errors
     /// The first thing that is wrong or not supported, named by its field.
     pub fn check(bytes: &[u8], host: &HostFacts) -> Result<Self> {
-        let config::ParsedSpec { spec, warnings } = config::parse(bytes)
+        let config::ParsedSpec { spec, mut warnings } = config::parse(bytes)
             .map_err(|error| Error::new(Kind::Invalid, "", "").source(error))?;
         let namespaces = checks::all(&spec, host)?;
+        warnings.extend(linux::warnings(&spec));
         Ok(Self {
             spec,
             namespaces,
@@ -49,7 +51,7 @@ impl CheckedSpec {
     /// # Errors
     /// It is not the container's to set.
     pub fn sysctl_path(&self, name: &str, value: &str) -> Result<String> {
-        sysctl::check(name, value, checks::owned(&self.namespaces))
+        sysctl::check(name, value, self.namespaces.owned)
     }
 }
 

@@ -16,7 +16,7 @@ const IPC: [&str; 9] = [
 ];
 
 /// The namespaces that are the container's own.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Default, Clone, Copy)]
 pub struct Owned {
     pub ipc: bool,
     pub network: bool,

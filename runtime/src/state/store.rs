@@ -465,6 +465,7 @@ mod tests {
             },
             pids: Vec::new(),
             mounts: Vec::new(),
+            resctrl: None,
         }
     }
 
@@ -485,6 +486,7 @@ mod tests {
             rootless_cgroups: false,
             no_new_keyring: false,
             mounts: Vec::new(),
+            resctrl: None,
         }
     }
 

@@ -1,11 +1,12 @@
-//! Per-process attributes that neither rustix nor nix wraps: scheduling class, I/O priority,
-//! personality, session keyring, adopting an inherited fd.
+//! Per-process attributes that neither rustix nor nix wraps: scheduling class, processors, memory
+//! policy, I/O priority, personality, session keyring, adopting an inherited fd.
 
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
-/// sched_setattr(2)'s argument, in the layout of the kernel's first version (48 bytes).
+/// sched_setattr(2)'s argument, in the layout of the kernel's second version (56 bytes): kernels
+/// before 5.3 take it too, as long as the utilization clamps are zero.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SchedulerAttributes {
@@ -17,6 +18,8 @@ pub struct SchedulerAttributes {
     pub runtime: u64,
     pub deadline: u64,
     pub period: u64,
+    pub util_min: u32,
+    pub util_max: u32,
 }
 
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
@@ -36,6 +39,39 @@ pub fn set_scheduler(attributes: &SchedulerAttributes) -> io::Result<()> {
     attributes.size = size_of::<SchedulerAttributes>() as u32;
     // SAFETY: the struct is live, in the kernel's layout, and carries its own size.
     check(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw mut attributes, 0) }).map(drop)
+}
+
+/// Lets the calling thread run on the processors whose bits are set. Bits beyond what the kernel was
+/// built for are ignored, and a host may have more than the 1024 of libc's `cpu_set_t`.
+///
+/// # Errors
+/// Those of sched_setaffinity(2).
+pub fn set_affinity(cpus: &[libc::c_ulong]) -> io::Result<()> {
+    // SAFETY: the mask is live for the call, and its length in bytes goes with it.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_sched_setaffinity,
+            0,
+            size_of_val(cpus),
+            cpus.as_ptr(),
+        )
+    };
+    check(result).map(drop)
+}
+
+/// Sets the calling thread's NUMA memory policy: a mode with its flags, and the nodes' bits.
+///
+/// # Errors
+/// Those of set_mempolicy(2).
+pub fn set_memory_policy(mode: i32, nodes: &[libc::c_ulong]) -> io::Result<()> {
+    let (mask, max_node) = if nodes.is_empty() {
+        (std::ptr::null(), 0)
+    } else {
+        // The kernel looks at one bit less than it is told of (mm/mempolicy.c: get_nodes).
+        (nodes.as_ptr(), size_of_val(nodes) * 8 + 1)
+    };
+    // SAFETY: the mask is null with a length of none, or live with at least as many bits as told.
+    check(unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, max_node) }).map(drop)
 }
 
 /// Sets the calling thread's I/O class and priority.
