@@ -225,12 +225,16 @@ fn rule(rule: &Rule) -> Code {
 
 /// Compares the high halves, then, if they do not decide, the low halves.
 fn condition(condition: &Condition) -> Vec<Step> {
-    let low_at = ARGS + 8 * condition.arg as u32;
+    let at = ARGS + 8 * condition.arg as u32;
+    let (low_at, high_at) = match condition.big_endian {
+        true => (at + 4, at),
+        false => (at, at + 4),
+    };
     let (high, low) = ((condition.value >> 32) as u32, condition.value as u32);
     let mut steps = Vec::with_capacity(7);
     if let Operator::MaskedEq(mask) = condition.operator {
         let halves = [
-            (low_at + 4, (mask >> 32) as u32, high),
+            (high_at, (mask >> 32) as u32, high),
             (low_at, mask as u32, low),
         ];
         for (at, mask, value) in halves {
@@ -253,7 +257,7 @@ fn condition(condition: &Condition) -> Vec<Step> {
         Operator::Lt => (IF_GE, Fails, Holds),
     };
     if !condition.narrow {
-        steps.push(Step::Plain(LOAD, low_at + 4));
+        steps.push(Step::Plain(LOAD, high_at));
         match op {
             IF_EQ => steps.push(Step::If(IF_EQ, high, Fall, no)),
             _ => {

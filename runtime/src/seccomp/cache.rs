@@ -18,7 +18,7 @@ use crate::error::Result;
 /// No container id has an `@`.
 const DIRECTORY: &str = "@seccomp";
 /// Changes whenever the same profile may compile to another program.
-const COMPILER: &str = concat!("coracle seccomp 1 ", env!("CARGO_PKG_VERSION"));
+const COMPILER: &str = concat!("coracle seccomp 2 ", env!("CARGO_PKG_VERSION"));
 const DIGEST: usize = 32;
 const INSTRUCTION: usize = 8;
 /// More profiles than any host uses; past it the cache starts afresh.

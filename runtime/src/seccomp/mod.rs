@@ -10,12 +10,16 @@
 //! names fail with ENOSYS. Where two conditional rules of a call overlap, the stricter action
 //! wins. Pure but for `cache`; the filter is installed by `coracle_sys::seccomp`.
 
+mod abi;
 mod bpf;
 pub mod cache;
+mod foreign;
 mod profile;
 mod syscalls;
 mod table;
 
+#[cfg(test)]
+mod oracle;
 #[cfg(test)]
 mod tests;
 
@@ -24,6 +28,8 @@ use std::path::PathBuf;
 use coracle_oci::config::spec::LinuxSeccomp;
 
 use crate::error::{Error, Result};
+
+pub use abi::Abi;
 
 pub type SockFilter = libc::sock_filter;
 
@@ -54,6 +60,24 @@ pub const OPERATORS: &[&str] = &[
 pub const ARCHITECTURES: &[&str] = &[
     "SCMP_ARCH_AARCH64",
     "SCMP_ARCH_ARM",
+    "SCMP_ARCH_LOONGARCH64",
+    "SCMP_ARCH_M68K",
+    "SCMP_ARCH_MIPS",
+    "SCMP_ARCH_MIPS64",
+    "SCMP_ARCH_MIPS64N32",
+    "SCMP_ARCH_MIPSEL",
+    "SCMP_ARCH_MIPSEL64",
+    "SCMP_ARCH_MIPSEL64N32",
+    "SCMP_ARCH_PARISC",
+    "SCMP_ARCH_PARISC64",
+    "SCMP_ARCH_PPC",
+    "SCMP_ARCH_PPC64",
+    "SCMP_ARCH_PPC64LE",
+    "SCMP_ARCH_RISCV64",
+    "SCMP_ARCH_S390",
+    "SCMP_ARCH_S390X",
+    "SCMP_ARCH_SH",
+    "SCMP_ARCH_SHEB",
     "SCMP_ARCH_X32",
     "SCMP_ARCH_X86",
     "SCMP_ARCH_X86_64",
@@ -65,56 +89,19 @@ pub const FLAGS: &[&str] = &[
     "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",
 ];
 
-/// A system call interface that a program can use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Abi {
-    X86_64,
-    I386,
-    X32,
-    Aarch64,
-    Arm,
-}
-
-impl Abi {
-    pub const fn native() -> Self {
-        if cfg!(target_arch = "aarch64") {
-            Self::Aarch64
-        } else {
-            Self::X86_64
+/// Those of [`FLAGS`] that this kernel knows.
+pub fn supported_flags() -> Vec<&'static str> {
+    let bits = |name: &str| match name {
+        "SECCOMP_FILTER_FLAG_LOG" => libc::SECCOMP_FILTER_FLAG_LOG,
+        "SECCOMP_FILTER_FLAG_SPEC_ALLOW" => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+        // Only goes with a listener.
+        "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV" => {
+            libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV | libc::SECCOMP_FILTER_FLAG_NEW_LISTENER
         }
-    }
-
-    /// The column of the syscall table.
-    fn column(self) -> usize {
-        match self {
-            Self::X86_64 => 0,
-            Self::I386 => 1,
-            Self::X32 => 2,
-            Self::Aarch64 => 3,
-            Self::Arm => 4,
-        }
-    }
-
-    /// AUDIT_ARCH_* of linux/audit.h: what `seccomp_data.arch` holds.
-    fn audit_arch(self) -> u32 {
-        match self {
-            Self::X86_64 | Self::X32 => 0xc000_003e,
-            Self::I386 => 0x4000_0003,
-            Self::Aarch64 => 0xc000_00b7,
-            Self::Arm => 0x4000_0028,
-        }
-    }
-
-    /// Whether arguments are compared as 32 bits, as libseccomp does for these.
-    fn is_32_bit(self) -> bool {
-        matches!(self, Self::I386 | Self::X32 | Self::Arm)
-    }
-
-    /// Whether a kernel of architecture `native` can run this ABI at all.
-    fn runs_on(self, native: Self) -> bool {
-        let x86 = |abi| matches!(abi, Self::X86_64 | Self::I386 | Self::X32);
-        x86(self) == x86(native)
-    }
+        _ => libc::SECCOMP_FILTER_FLAG_TSYNC,
+    };
+    let known = |name: &&str| coracle_sys::seccomp::flags_available(bits(name) as u32);
+    FLAGS.iter().copied().filter(known).collect()
 }
 
 /// A program ready for `seccomp(2)`, with what has to go with it.

@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use coracle_oci::config::spec::{
-    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag,
+    LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag,
     LinuxSeccompOperator, LinuxSyscall,
 };
 
-use super::syscalls::{self, ARM_PRIVATE, Row};
+use super::syscalls::{self, ARM_PRIVATE, Syscall};
 use super::{Abi, Compiled, SockFilter};
 use crate::error::{Error, Result};
 
@@ -61,6 +61,8 @@ pub(super) struct Condition {
     pub value: u64,
     /// Compare the low half only.
     pub narrow: bool,
+    /// The high half comes first in memory.
+    pub big_endian: bool,
 }
 
 /// All conditions hold: the action. No condition: always.
@@ -203,14 +205,7 @@ fn rules_of(seccomp: &LinuxSeccomp) -> &[LinuxSyscall] {
 fn abis(seccomp: &LinuxSeccomp, native: Abi) -> Vec<Abi> {
     let mut abis = vec![native];
     for arch in seccomp.architectures().as_deref().unwrap_or_default() {
-        let abi = match arch {
-            Arch::ScmpArchX86_64 => Abi::X86_64,
-            Arch::ScmpArchX86 => Abi::I386,
-            Arch::ScmpArchX32 => Abi::X32,
-            Arch::ScmpArchAarch64 => Abi::Aarch64,
-            Arch::ScmpArchArm => Abi::Arm,
-            _ => continue,
-        };
+        let abi = Abi::of(*arch).unwrap_or(native);
         if abi.runs_on(native) && !abis.contains(&abi) {
             abis.push(abi);
         }
@@ -256,7 +251,7 @@ fn action(kind: LinuxSeccompAction, data: Option<u32>, field: &str) -> Result<Ac
 
 /// An OCI rule with its names looked up; unknown names are skipped as runc does.
 struct Parsed<'a> {
-    names: Vec<(&'a str, Option<&'static Row>)>,
+    names: Vec<(&'a str, Option<Syscall>)>,
     /// Alternatives, each a list of conditions that hold together. None: the rule says what the
     /// default says, so that it only tells which calls the author knew.
     alternatives: Option<Vec<Vec<LinuxSeccompArg>>>,
@@ -323,6 +318,7 @@ fn condition(arg: &LinuxSeccompArg, abi: Abi) -> Condition {
         operator,
         value,
         narrow: abi.is_32_bit(),
+        big_endian: abi.is_big_endian(),
     }
 }
 
@@ -330,8 +326,8 @@ fn section(abi: Abi, parsed: &[Parsed<'_>], default: Action, tail: bool) -> Sect
     let mut calls: BTreeMap<u32, Vec<Rule>> = BTreeMap::new();
     let mut newest = None;
     for rule in parsed {
-        for (name, row) in &rule.names {
-            let number = row.and_then(|row| row.number(abi));
+        for (name, call) in &rule.names {
+            let number = call.and_then(|call| call.number(abi));
             if let Some(number) = number.filter(|number| abi != Abi::Arm || *number < ARM_PRIVATE) {
                 newest = newest.max(Some(number));
             }
@@ -340,9 +336,9 @@ fn section(abi: Abi, parsed: &[Parsed<'_>], default: Action, tail: bool) -> Sect
             };
             for args in alternatives {
                 let conditions: Vec<_> = args.iter().map(|arg| condition(arg, abi)).collect();
-                if abi == Abi::I386
+                if abi.multiplexes()
                     && let Some((number, rule)) =
-                        multiplexed(name, !conditions.is_empty(), rule.action)
+                        multiplexed(name, abi, !conditions.is_empty(), rule.action)
                 {
                     newest = newest.max(Some(number));
                     calls.entry(number).or_default().push(rule);
@@ -368,21 +364,23 @@ fn section(abi: Abi, parsed: &[Parsed<'_>], default: Action, tail: bool) -> Sect
     }
 }
 
-/// The rule for i386's `socketcall` or `ipc` that a rule for `name` implies.
+/// The rule for `socketcall` or `ipc` that a rule for `name` implies.
 ///
 /// The call's own arguments lie in memory, where no filter can see them. So a rule that depends on
 /// them lets nothing through here, and restricts whatever it might restrict.
-fn multiplexed(name: &str, conditional: bool, action: Action) -> Option<(u32, Rule)> {
+fn multiplexed(name: &str, abi: Abi, conditional: bool, action: Action) -> Option<(u32, Rule)> {
     let multiplexed = syscalls::multiplexed(name)?;
     if conditional && action.lets_the_call_run() {
         return None;
     }
-    let number = syscalls::find(multiplexed.through)?.number(Abi::I386)?;
+    let number = syscalls::find(multiplexed.through)?.number(abi)?;
     let condition = Condition {
         arg: 0,
         operator: Operator::MaskedEq(multiplexed.mask.into()),
         value: multiplexed.call.into(),
+        // The kernel takes it as an int, so that the other half must not tell calls apart.
         narrow: true,
+        big_endian: abi.is_big_endian(),
     };
     Some((
         number,

@@ -1,11 +1,13 @@
-//! System call names to numbers, per architecture, and i386's multiplexed calls.
+//! System call names to numbers, per architecture, and the calls that some multiplex.
 //!
-//! Owns the look-ups over `table.rs`. Never decides what a profile means.
+//! Owns the look-ups over `table.rs` and `foreign.rs`. Never decides what a profile means.
 
 use super::Abi;
+use super::abi::Column;
+use super::foreign;
 use super::table::ROWS;
 
-/// One system call's numbers, in the order of `Abi`; negative is none.
+/// One system call's numbers, in the order of `Column::Common`; negative is none.
 pub(super) struct Row {
     pub name: &'static str,
     pub numbers: [i32; 5],
@@ -17,25 +19,34 @@ pub(super) const X32_BIT: u32 = 0x4000_0000;
 /// ARM's private calls (`breakpoint`, `cacheflush`, ...) start here, far above the others.
 pub(super) const ARM_PRIVATE: u32 = 0x000f_0000;
 
-pub(super) fn find(name: &str) -> Option<&'static Row> {
+/// A system call by its place in the tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Syscall(usize);
+
+pub(super) fn find(name: &str) -> Option<Syscall> {
     ROWS.binary_search_by(|row| row.name.cmp(name))
         .ok()
-        .map(|at| &ROWS[at])
+        .map(Syscall)
 }
 
-impl Row {
+impl Syscall {
     /// The number as it stands in `seccomp_data.nr`.
-    pub(super) fn number(&self, abi: Abi) -> Option<u32> {
-        let number = u32::try_from(self.numbers[abi.column()]).ok()?;
-        Some(if abi == Abi::X32 {
-            number | X32_BIT
-        } else {
-            number
-        })
+    pub(super) fn number(self, abi: Abi) -> Option<u32> {
+        match abi.column() {
+            Column::Common(column) => {
+                let number = u32::try_from(ROWS[self.0].numbers[column]).ok()?;
+                let bit = if abi == Abi::X32 { X32_BIT } else { 0 };
+                Some(number | bit)
+            }
+            Column::Foreign(column, base) => {
+                let number = foreign::ROWS[self.0][column];
+                (number != foreign::NO).then(|| u32::from(number) + base)
+            }
+        }
     }
 }
 
-/// A call that i386 also reaches through `socketcall(2)` or `ipc(2)`.
+/// A call that some architectures also reach through `socketcall(2)` or `ipc(2)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Multiplexed {
     /// The name of the multiplexer.
@@ -46,7 +57,7 @@ pub(super) struct Multiplexed {
     pub mask: u32,
 }
 
-/// The i386 multiplexer of a call: the numbers are those of linux/net.h and linux/ipc.h.
+/// The multiplexer of a call, where there is one: the numbers are those of linux/net.h and linux/ipc.h.
 pub(super) fn multiplexed(name: &str) -> Option<Multiplexed> {
     let socket = |call| {
         Some(Multiplexed {
@@ -106,6 +117,7 @@ mod tests {
     #[test]
     fn table_is_sorted_and_known_numbers_are_right() {
         assert!(ROWS.windows(2).all(|pair| pair[0].name < pair[1].name));
+        assert_eq!(ROWS.len(), foreign::ROWS.len());
         let number = |name, abi| find(name).and_then(|row| row.number(abi));
         assert_eq!(number("read", Abi::X86_64), Some(0));
         assert_eq!(number("read", Abi::X32), Some(X32_BIT));
@@ -115,6 +127,23 @@ mod tests {
         assert_eq!(number("open", Abi::Aarch64), None);
         assert_eq!(number("cacheflush", Abi::Arm), Some(0xf0002));
         assert_eq!(number("file_setattr", Abi::Arm), Some(469));
+        assert_eq!(number("read", Abi::Mips), Some(4003));
+        assert_eq!(number("read", Abi::Mipsel64), Some(5000));
+        assert_eq!(number("read", Abi::Mips64N32), Some(6000));
+        assert_eq!(number("openat", Abi::Riscv64), Some(56));
+        assert_eq!(number("openat", Abi::Loongarch64), Some(56));
+        assert_eq!(number("openat", Abi::S390x), Some(288));
+        assert_eq!(number("openat", Abi::Ppc64le), Some(286));
+        assert_eq!(number("riscv_hwprobe", Abi::Riscv64), Some(258));
+        assert_eq!(number("riscv_hwprobe", Abi::X86_64), None);
+        for abi in Abi::ALL {
+            // Since Linux 5.1 new calls have one number everywhere.
+            let base = number("clone3", abi).or(number("openat2", abi)).unwrap();
+            assert!(
+                base % 1000 == 435 || base % 1000 == 437 || abi == Abi::X32,
+                "{abi:?}"
+            );
+        }
         assert!(find("no_such_call").is_none());
     }
 

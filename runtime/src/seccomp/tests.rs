@@ -37,7 +37,10 @@ impl Call {
 
 /// Classic BPF as seccomp runs it; anything the kernel's checker would refuse panics.
 fn interpret(program: &[SockFilter], call: Call) -> u32 {
-    let data = call.bytes();
+    run(program, &call.bytes(), u32::from_le_bytes)
+}
+
+pub(super) fn run(program: &[SockFilter], data: &[u8; 64], load: fn([u8; 4]) -> u32) -> u32 {
     let (mut at, mut a) = (0, 0u32);
     loop {
         let SockFilter { code, jt, jf, k } = program[at];
@@ -47,7 +50,7 @@ fn interpret(program: &[SockFilter], call: Call) -> u32 {
             0x20 => {
                 let from = k as usize;
                 assert!(from.is_multiple_of(4) && from < 64);
-                a = u32::from_le_bytes(data[from..from + 4].try_into().unwrap());
+                a = load(data[from..from + 4].try_into().unwrap());
             }
             0x54 => a &= k,
             0x05 => at += k as usize,
@@ -102,6 +105,7 @@ fn naive(profile: &LinuxSeccomp, native: Abi, call: Call) -> u32 {
                 Abi::X32 => Arch::ScmpArchX32,
                 Abi::Aarch64 => Arch::ScmpArchAarch64,
                 Abi::Arm => Arch::ScmpArchArm,
+                other => panic!("{other:?}"),
             }));
     if !known {
         return KILL_PROCESS;
@@ -209,7 +213,7 @@ fn word(action: Act, errno: Option<u32>) -> u32 {
     }
 }
 
-fn parse(profile: Value) -> LinuxSeccomp {
+pub(super) fn parse(profile: Value) -> LinuxSeccomp {
     serde_json::from_value(profile).unwrap()
 }
 
@@ -234,7 +238,7 @@ fn call(abi: Abi, name: &str, args: &[u64]) -> Call {
 }
 
 /// A generator of the xorshift family: the same profiles every time.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -244,7 +248,7 @@ impl Random {
         self.0
     }
 
-    fn below(&mut self, bound: usize) -> usize {
+    pub(super) fn below(&mut self, bound: usize) -> usize {
         (self.next() % bound as u64) as usize
     }
 
@@ -253,7 +257,7 @@ impl Random {
     }
 
     /// Values around the edges where halves of a comparison go wrong.
-    fn value(&mut self) -> u64 {
+    pub(super) fn value(&mut self) -> u64 {
         let edges = [0, 1, 2, 40, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff];
         let high = *self.pick(&[0, 0, 1, 0xffff_ffff, 0x8000_0000]);
         (high << 32) | *self.pick(&edges)
