@@ -77,6 +77,21 @@ const MOUNT_OPTIONS: &[&str] = &[
     "unbindable",
 ];
 
+const MEMORY_POLICY_MODES: &[&str] = &[
+    "MPOL_BIND",
+    "MPOL_DEFAULT",
+    "MPOL_INTERLEAVE",
+    "MPOL_LOCAL",
+    "MPOL_PREFERRED",
+    "MPOL_PREFERRED_MANY",
+    "MPOL_WEIGHTED_INTERLEAVE",
+];
+const MEMORY_POLICY_FLAGS: &[&str] = &[
+    "MPOL_F_NUMA_BALANCING",
+    "MPOL_F_RELATIVE_NODES",
+    "MPOL_F_STATIC_NODES",
+];
+
 #[derive(Debug, clap::Args)]
 pub struct Args {}
 
@@ -114,9 +129,10 @@ fn features() -> Value {
             "apparmor": { "enabled": true },
             // Process labels are set, mount labels refused: not enough to be called support.
             "selinux": { "enabled": false },
-            "intelRdt": { "enabled": false },
+            "intelRdt": { "enabled": true, "schemata": true, "monitoring": true },
+            "memoryPolicy": { "modes": MEMORY_POLICY_MODES, "flags": MEMORY_POLICY_FLAGS },
             "mountExtensions": { "idmap": { "enabled": true } },
-            "netDevices": { "enabled": false }
+            "netDevices": { "enabled": true }
         },
         "annotations": {
             "org.coracle.version": env!("CARGO_PKG_VERSION"),
@@ -133,7 +149,7 @@ fn seccomp_features() -> Value {
         "operators": seccomp::OPERATORS,
         "archs": seccomp::ARCHITECTURES,
         "knownFlags": seccomp::FLAGS,
-        "supportedFlags": seccomp::FLAGS
+        "supportedFlags": seccomp::supported_flags()
     })
 }
 
@@ -150,6 +166,51 @@ mod tests {
                 "{name} would be left to the file system"
             );
         }
+    }
+
+    /// What the runtime-spec's features.md has for Linux, and nothing else.
+    #[test]
+    fn features_have_the_specs_shape() {
+        let value = features();
+        let keys = |value: &Value| -> Vec<String> {
+            let mut keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+            keys.sort();
+            keys
+        };
+        assert_eq!(
+            keys(&value["linux"]),
+            [
+                "apparmor",
+                "capabilities",
+                "cgroup",
+                "intelRdt",
+                "memoryPolicy",
+                "mountExtensions",
+                "namespaces",
+                "netDevices",
+                "seccomp",
+                "selinux"
+            ]
+        );
+        assert_eq!(
+            keys(&value["linux"]["seccomp"]),
+            [
+                "actions",
+                "archs",
+                "enabled",
+                "knownFlags",
+                "operators",
+                "supportedFlags"
+            ]
+        );
+        for mode in MEMORY_POLICY_MODES {
+            let document = json!({"mode": mode, "nodes": "0", "flags": MEMORY_POLICY_FLAGS});
+            serde_json::from_value::<coracle_oci::spec::LinuxMemoryPolicy>(document).unwrap();
+        }
+        let supported = value["linux"]["seccomp"]["supportedFlags"]
+            .as_array()
+            .unwrap();
+        assert!(supported.contains(&json!("SECCOMP_FILTER_FLAG_LOG")));
     }
 
     #[test]

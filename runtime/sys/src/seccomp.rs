@@ -55,6 +55,21 @@ pub fn action_available(action: u32) -> bool {
     result == 0
 }
 
+/// Whether this kernel knows SECCOMP_FILTER_FLAG_* bits. Installs nothing: the program is missing,
+/// which the kernel finds out only after it has looked at the flags.
+pub fn flags_available(flags: u32) -> bool {
+    // SAFETY: plain integers and a null pointer, which the kernel refuses to read from.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::c_long::from(libc::SECCOMP_SET_MODE_FILTER),
+            libc::c_long::from(flags),
+            std::ptr::null::<libc::sock_fprog>(),
+        )
+    };
+    result == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,5 +152,7 @@ mod tests {
     fn known_actions_are_available() {
         assert!(action_available(libc::SECCOMP_RET_USER_NOTIF));
         assert!(!action_available(0x1234_0000));
+        assert!(flags_available(libc::SECCOMP_FILTER_FLAG_LOG as u32));
+        assert!(!flags_available(1 << 30));
     }
 }
