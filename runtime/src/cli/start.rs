@@ -4,10 +4,13 @@ use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 
 use coracle_oci::ContainerId;
+use coracle_oci::record::ContainerRecord;
 use coracle_oci::spec::Hook;
 use coracle_oci::state::{State, Status};
 
 use super::GlobalArgs;
+use super::kill::SIGKILL;
+use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
 use crate::hooks;
 use crate::launch::gate;
@@ -43,16 +46,27 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     gate::open(&entry, is_alive(record.init()))?;
     drop(lock);
     let hooks = poststart(&entry.config()?)?;
-    hooks::run(
-        "poststart",
-        &hooks,
-        &State::new(&record, Status::Running),
-        Some(&record.bundle),
-    )?;
+    let state = State::new(&record, Status::Running);
+    if let Err(failed) = hooks::run("poststart", &hooks, &state, Some(&record.bundle)) {
+        end(&record)?;
+        return Err(failed);
+    }
     if let (Some(notify), Some(init)) = (notify, init) {
         notify.wait(init.as_fd())?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A failed poststart hook ends the container, as with runc; `delete` does the rest.
+fn end(record: &ContainerRecord) -> Result<()> {
+    if !record.private_pid_namespace {
+        Cgroup::open(&record.cgroup).kill_all()?;
+    }
+    match open_process(record.init())? {
+        Some(init) => coracle_sys::signal::send(&init, SIGKILL)
+            .map_err(|error| Error::system("unable to signal init", "", error)),
+        None => Ok(()),
+    }
 }
 
 /// A config without the word has no such hooks: most are not parsed again.
