@@ -339,3 +339,40 @@ fn container_without_a_mount_namespace_leaves_no_mount() -> Result<()> {
     drop(theirs);
     bench.finish()
 }
+
+#[test]
+fn mounts_of_the_config_stay_where_devices_would_be() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    for user in [false, true] {
+        let name = if user { "user" } else { "host" };
+        let script = "busybox stat -c '%t:%T' /dev/random; busybox stat -c '%u %g' /dev/mqueue";
+        let random = json!({"destination": "/dev/random", "type": "bind",
+            "source": "/dev/urandom", "options": ["bind"]});
+        let mut config = shell_config(&bench, name, script, random);
+        if user {
+            config = in_user_namespace(config);
+        }
+        let output = run(&bench, name, &config)?;
+        let out = String::from_utf8_lossy(&output.stdout);
+        ensure!(out == "1:9\n0 0\n", "{name}: {}", text(&output));
+    }
+    bench.finish()
+}
+
+#[test]
+fn nothing_is_mounted_over_the_root() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    for (index, destination) in ["/", "/./", "/tmp/.."].into_iter().enumerate() {
+        let name = format!("top-{index}");
+        let over = json!({"destination": destination, "type": "tmpfs", "source": "tmpfs"});
+        let output = run(&bench, &name, &shell_config(&bench, &name, "true", over))?;
+        let text = text(&output);
+        ensure!(
+            text.contains("on the top of rootfs"),
+            "{destination}: {text}"
+        );
+    }
+    bench.finish()
+}

@@ -258,3 +258,33 @@ fn joined_mount_namespace_is_entered() -> Result<()> {
     drop(holders);
     bench.finish()
 }
+
+#[test]
+fn joined_mount_namespace_cannot_fake_the_kernels_files() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let script = "mount -t tmpfs none /proc/sys/kernel && : > /proc/sys/kernel/msgmax && \
+                  exec \"$0\" \"$@\"";
+    let holder = Holder::start(&["-m", "sh", "-c", script])?;
+    let table = format!("/proc/{}/mountinfo", holder.0.id());
+    wait_for("the fake", Duration::from_secs(10), || {
+        let mounts = std::fs::read_to_string(&table)?;
+        let fake = format!("/proc/{}/root/proc/sys/kernel/msgmax", holder.0.id());
+        let there = mounts.contains(" /proc/sys/kernel ") && Path::new(&fake).exists();
+        Ok(there.then_some(()))
+    })?;
+    let config = bench
+        .config("n", &["show"])
+        .set("/hostname", "")
+        .set("/linux/sysctl", json!({"kernel.msgmax": "4096"}))
+        .set(
+            "/linux/namespaces",
+            json!([{"type": "ipc"}, {"type": "mount", "path": holder.path("mnt")}]),
+        );
+    let bundle = bench.bundle("n", &config)?.display().to_string();
+    let error = bench.coracle()?.refused(&["run", "-b", &bundle, "n"])?;
+    ensure!(error.contains("/proc/sys/kernel/msgmax"), "{error}");
+    ensure!(error.contains("cross-device"), "{error}");
+    drop(holder);
+    bench.finish()
+}

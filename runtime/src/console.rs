@@ -18,6 +18,9 @@ use crate::init::resolve::Root;
 
 const DEVPTS_SUPER_MAGIC: u64 = 0x1cd1;
 
+/// Of the multiplexer of every devpts.
+const PTMX_INODE: u64 = 2;
+
 /// Both ends of a new terminal.
 #[derive(Debug)]
 pub struct Pty {
@@ -42,6 +45,7 @@ impl Pty {
         let fs = rustix::fs::fstatfs(&master).map_err(fail("fstatfs"))?;
         let is_ptmx = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
             && stat.st_rdev == rustix::fs::makedev(5, 2)
+            && stat.st_ino == PTMX_INODE
             && fs.f_type as u64 == DEVPTS_SUPER_MAGIC;
         if !is_ptmx {
             return Err(Error::invalid(

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, StatxAttributes, StatxFlags, Uid};
 use rustix::io::Errno;
 
 use super::mount::{attach, clone_handle, clone_tree};
@@ -70,7 +70,7 @@ fn make_node(parent: &OwnedFd, step: &NodeStep) -> Result<()> {
     let mode = Mode::from_raw_mode(step.mode);
     match rustix::fs::mknodat(parent, &step.name, file_type, mode, device) {
         Ok(()) => {}
-        Err(Errno::EXIST) => return verify(parent, step),
+        Err(Errno::EXIST) => return verify(parent, step).map(drop),
         // The runtime itself is in a user namespace, as under rootless engines.
         Err(Errno::PERM) if step.file_type != libc::S_IFIFO => return bind_node(parent, step),
         Err(error) => return Err(at("mknodat", &step.name, error)),
@@ -78,28 +78,33 @@ fn make_node(parent: &OwnedFd, step: &NodeStep) -> Result<()> {
     if step.uid == 0 && step.gid == 0 {
         return Ok(());
     }
+    // What has the name by now may be another's file.
+    let node = verify(parent, step)?;
     rustix::fs::chownat(
-        parent,
-        &step.name,
+        &node,
+        c"",
         Some(Uid::from_raw(step.uid)),
         Some(Gid::from_raw(step.gid)),
-        AtFlags::SYMLINK_NOFOLLOW,
+        AtFlags::EMPTY_PATH,
     )
     .map_err(|error| at("fchownat", &step.name, error))
 }
 
-/// A node that the image brought along must be the very device, not something in its place.
-fn verify(parent: &OwnedFd, step: &NodeStep) -> Result<()> {
-    let stat = rustix::fs::statat(parent, &step.name, AtFlags::SYMLINK_NOFOLLOW)
-        .map_err(|error| at("fstatat", &step.name, error))?;
+/// A node that the image brought along must be the very device, not something in its place. What
+/// the config has mounted there is the config's choice.
+fn verify(parent: &OwnedFd, step: &NodeStep) -> Result<OwnedFd> {
+    let look = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let node = rustix::fs::openat(parent, &step.name, look, Mode::empty())
+        .map_err(|error| at("openat(O_NOFOLLOW)", &step.name, error))?;
+    let stat = rustix::fs::fstat(&node).map_err(|error| at("fstat", &step.name, error))?;
     let numbers = (
         rustix::fs::major(stat.st_rdev),
         rustix::fs::minor(stat.st_rdev),
     );
     let same = FileType::from_raw_mode(stat.st_mode) == FileType::from_raw_mode(step.file_type)
         && (step.file_type == libc::S_IFIFO || numbers == (step.major, step.minor));
-    if same {
-        return Ok(());
+    if same || is_mounted(&node, &step.name)? {
+        return Ok(node);
     }
     Err(Error::invalid(format!(
         "{:?} exists in the rootfs and is not that device",
@@ -107,9 +112,19 @@ fn verify(parent: &OwnedFd, step: &NodeStep) -> Result<()> {
     )))
 }
 
+fn is_mounted(file: &OwnedFd, name: &CStr) -> Result<bool> {
+    rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::empty())
+        .map(|stat| stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
+        .map_err(|error| at("statx", name, error))
+}
+
 fn bind_node(parent: &OwnedFd, step: &NodeStep) -> Result<()> {
     if step.file_type == libc::S_IFIFO {
         return make_node(parent, step);
+    }
+    let target = empty_file(parent, &step.name)?;
+    if is_mounted(&target, &step.name)? {
+        return Ok(());
     }
     let tree = clone_tree(&step.host, false)?;
     let stat = rustix::fs::fstat(&tree).map_err(|error| at("fstat", &step.name, error))?;
@@ -125,7 +140,6 @@ fn bind_node(parent: &OwnedFd, step: &NodeStep) -> Result<()> {
             step.host, step.major, step.minor
         )));
     }
-    let target = empty_file(parent, &step.name)?;
     attach(tree.as_fd(), target.as_fd()).map_err(|error| at("move_mount", &step.name, error))
 }
 

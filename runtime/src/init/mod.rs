@@ -34,7 +34,7 @@ use crate::plan::{NamespacePlan, Plan, ProcessPlan};
 
 use bind::Parent;
 use identity::LabelFiles;
-use resolve::Root;
+use resolve::{Proc, Root};
 
 /// What the parent has opened for the child.
 #[derive(Debug)]
@@ -119,7 +119,7 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
         Some(tree) => rootfs::attached_root(tree)?,
         None => rootfs::attach_root(&plan.rootfs, parent)?,
     };
-    mount_all(child, &root, parent)?;
+    let filled = mount_all(child, &root, parent)?;
     sysctls(&plan.sysctls)?;
     if plan.waits_for_limits {
         child.channel.wait()?;
@@ -136,7 +136,7 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
     rootfs::make_read_only(&root, plan)?;
     rootfs::mask(&root, plan)?;
     runtime_hooks(child, &root)?;
-    rootfs::seal(&root, plan)?;
+    rootfs::seal(&root, filled, &plan.rootfs)?;
     rootfs::enter(&root, &plan.rootfs)?;
     drop(root);
     child.channel.report_built()?;
@@ -269,8 +269,9 @@ fn show() -> Result<()> {
         .map_err(|error| Error::system("prctl(PR_SET_DUMPABLE, 1)", "", error))
 }
 
-/// The cgroup namespace, whose root is the cgroup that this process is in by now, and the time
-/// namespace, whose offsets must be written before any process is in it.
+/// The cgroup namespace, whose root is the cgroup that this process is in by now; the time
+/// namespace, whose offsets must be written before any process is in it; the ipc namespace of a
+/// user namespace.
 fn enter_late_namespaces(plan: &NamespacePlan) -> Result<()> {
     let mut flags = UnshareFlags::empty();
     if plan.new_cgroup {
@@ -278,6 +279,9 @@ fn enter_late_namespaces(plan: &NamespacePlan) -> Result<()> {
     }
     if plan.new_time {
         flags |= UnshareFlags::NEWTIME;
+    }
+    if plan.late_ipc {
+        flags |= UnshareFlags::NEWIPC;
     }
     if flags.is_empty() {
         return Ok(());
@@ -293,7 +297,8 @@ fn enter_late_namespaces(plan: &NamespacePlan) -> Result<()> {
             // Nobody else is in a user namespace that was made with this process.
             show()?;
         }
-        std::fs::write("/proc/self/timens_offsets", offsets)
+        let file = Proc::open()?.file("self/timens_offsets", OFlags::WRONLY)?;
+        rustix::io::write(&file, offsets.as_bytes())
             .map_err(|error| Error::system("write", "/proc/self/timens_offsets", error))?;
     }
     let path = c"/proc/self/ns/time_for_children";
@@ -333,39 +338,34 @@ fn name_host(plan: &Plan) -> Result<()> {
 }
 
 /// In the config's order; the network namespace is joined as late as it may be, for the parent is
-/// still making it.
-fn mount_all(child: &Inheritance<'_>, root: &Root, parent: Parent<'_>) -> Result<()> {
+/// still making it. Gives back what has to become read-only yet.
+fn mount_all(child: &Inheritance<'_>, root: &Root, parent: Parent<'_>) -> Result<Vec<OwnedFd>> {
+    let mut filled = Vec::new();
     let mut apart = child.plan.namespaces.network_apart;
     for (index, step) in child.plan.mounts.iter().enumerate() {
         if apart && network::shows_in(step) {
             network::join(child.channel)?;
             apart = false;
         }
-        mount::apply(root, step, (index, parent))?;
+        filled.extend(mount::apply(root, step, (index, parent))?);
     }
     if apart {
         network::join(child.channel)?;
     }
-    Ok(())
+    Ok(filled)
 }
 
-/// Through the host's /proc, which no image can have replaced; the files are those of the calling
-/// process's namespaces.
+/// The files are those of the calling process's namespaces.
 fn sysctls(settings: &[(CString, Vec<u8>)]) -> Result<()> {
     if settings.is_empty() {
         return Ok(());
     }
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let base = rustix::fs::open(c"/proc/sys", flags, Mode::empty())
-        .map_err(|error| Error::system("open", "/proc/sys", error))?;
+    let proc = Proc::open()?;
     for (path, value) in settings {
-        let fail = |call: &'static str| {
-            let name = format!("/proc/sys/{}", path.to_string_lossy());
-            move |error: Errno| Error::system(call, name, error)
-        };
-        let flags = OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let file = rustix::fs::openat(&base, path, flags, Mode::empty()).map_err(fail("open"))?;
-        rustix::io::write(&file, value).map_err(fail("write"))?;
+        let path = format!("sys/{}", path.to_string_lossy());
+        let file = proc.file(&path, OFlags::WRONLY | OFlags::NOFOLLOW)?;
+        rustix::io::write(&file, value)
+            .map_err(|error| Error::system("write", format!("/proc/{path}"), error))?;
     }
     Ok(())
 }

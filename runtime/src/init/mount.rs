@@ -22,8 +22,8 @@ use crate::plan::{MountKind, MountStep};
 
 pub const PROC_SUPER_MAGIC: u64 = 0x9fa0;
 
-/// Makes the mount of the plan's step number `index`.
-pub fn apply(root: &Root, step: &MountStep, at: (usize, Parent<'_>)) -> Result<()> {
+/// Makes the mount of the plan's step number `index`. Gives it back where more is to be done to it.
+pub fn apply(root: &Root, step: &MountStep, at: (usize, Parent<'_>)) -> Result<Option<OwnedFd>> {
     let wrap = |error: Error| {
         error.context(format!(
             "error mounting {:?} to rootfs at {:?}",
@@ -33,7 +33,11 @@ pub fn apply(root: &Root, step: &MountStep, at: (usize, Parent<'_>)) -> Result<(
     };
     match &step.kind {
         MountKind::Bind(source) => bind::apply(root, step, source, at),
-        MountKind::Fs(source) => filesystem(root, step, source),
+        MountKind::Fs(source) => {
+            return filesystem(root, step, source)
+                .map(|mount| step.late_read_only.then_some(mount))
+                .map_err(wrap);
+        }
         MountKind::Legacy {
             fstype,
             source,
@@ -60,6 +64,7 @@ pub fn apply(root: &Root, step: &MountStep, at: (usize, Parent<'_>)) -> Result<(
             namespaced,
         } => cgroup_v2(root, step, directory, mountpoint, *namespaced),
     }
+    .map(|()| None)
     .map_err(wrap)
 }
 
@@ -215,7 +220,7 @@ fn kernel_message(context: &OwnedFd) -> String {
     }
 }
 
-fn filesystem(root: &Root, step: &MountStep, source: &FsSource) -> Result<()> {
+fn filesystem(root: &Root, step: &MountStep, source: &FsSource) -> Result<OwnedFd> {
     // A new target has no mode to take over: it gets the kernel's default, 1777.
     let inherit_mode = source.inherit_mode && root.find(&step.target).is_ok();
     let target = if source.strict_target {
@@ -257,7 +262,8 @@ fn filesystem(root: &Root, step: &MountStep, source: &FsSource) -> Result<()> {
         set_attributes(mount.as_fd(), step.attributes, false)?;
     }
     set_attributes(mount.as_fd(), step.recursive_attributes, true)?;
-    finish(&mount, &target, step)
+    finish(&mount, &target, step)?;
+    Ok(mount)
 }
 
 /// proc and sysfs at a symlink or a file would put them elsewhere than the config says, and what

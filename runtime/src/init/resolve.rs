@@ -125,6 +125,48 @@ impl Root {
     }
 }
 
+/// The kernel's own files for this process and its namespaces, where a mount namespace that was
+/// joined may have put others over them (CVE-2019-19921, CVE-2025-52881).
+#[derive(Debug)]
+pub struct Proc {
+    fd: OwnedFd,
+}
+
+impl Proc {
+    const SUPER_MAGIC: u64 = 0x9fa0;
+    /// Of the root of every procfs, and of nothing else on one.
+    const ROOT_INODE: u64 = 1;
+
+    pub fn open() -> Result<Self> {
+        let fail = |call: &'static str| move |error: Errno| Error::system(call, "/proc", error);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(c"/proc", flags, Mode::empty()).map_err(fail("open"))?;
+        let stat = rustix::fs::fstat(&fd).map_err(fail("fstat"))?;
+        let fs = rustix::fs::fstatfs(&fd).map_err(fail("fstatfs"))?;
+        if fs.f_type as u64 != Self::SUPER_MAGIC || stat.st_ino != Self::ROOT_INODE {
+            return Err(Error::invalid("/proc is not a procfs"));
+        }
+        Ok(Self { fd })
+    }
+
+    /// A file of the procfs itself: through no mount on it.
+    pub fn file(&self, path: &str, flags: OFlags) -> Result<OwnedFd> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS;
+        let flags = flags | OFlags::CLOEXEC;
+        let none = Mode::empty();
+        match rustix::fs::openat2(&self.fd, path, flags, none, resolve) {
+            // Linux before 5.6, or a sandbox that hides the call.
+            Err(Errno::NOSYS | Errno::PERM) => rustix::fs::openat(&self.fd, path, flags, none)
+                .and_then(|file| match rustix::fs::fstatfs(&file)?.f_type as u64 {
+                    Self::SUPER_MAGIC => Ok(file),
+                    _ => Err(Errno::XDEV),
+                }),
+            opened => opened,
+        }
+        .map_err(|error| Error::system("open", format!("/proc/{path}"), error))
+    }
+}
+
 /// Where a symlink points that leads nowhere yet, as a path from the root; None for anything else.
 ///
 /// Images have them: an /etc/resolv.conf that points into an empty /run. What is missing is made
@@ -212,6 +254,16 @@ mod tests {
         assert!(root.mount_target(c"loop", TargetType::File).is_err());
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
         assert!(!std::path::Path::new("/made").exists());
+    }
+
+    #[test]
+    fn files_of_proc() {
+        let proc = Proc::open().unwrap();
+        proc.file("thread-self/attr/exec", OFlags::RDONLY).unwrap();
+        proc.file("sys/kernel/hostname", OFlags::RDONLY).unwrap();
+        assert!(proc.file("self/exe", OFlags::PATH).is_err());
+        assert!(proc.file("self/root/etc/passwd", OFlags::PATH).is_err());
+        assert!(proc.file("../etc/passwd", OFlags::PATH).is_err());
     }
 
     #[test]

@@ -147,15 +147,12 @@ pub fn make_read_only(root: &Root, plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// The last touches that need the handle of the root: what was filled and the root become read-only.
-pub fn seal(root: &Root, plan: &Plan) -> Result<()> {
-    for step in plan.mounts.iter().filter(|step| step.late_read_only) {
-        let mount = root
-            .find(&step.target)
-            .map_err(|error| at("openat2", &step.target, error))?;
+/// The last touches: what was filled and the root become read-only, by the handles that made them.
+pub fn seal(root: &Root, filled: Vec<OwnedFd>, plan: &RootfsPlan) -> Result<()> {
+    for mount in filled {
         set_attributes(mount.as_fd(), READ_ONLY, false)?;
     }
-    if plan.rootfs.readonly {
+    if plan.readonly {
         set_attributes(root.as_fd(), READ_ONLY, false)?;
     }
     Ok(())

@@ -510,6 +510,7 @@ fn namespaces(plan: &Plan, pid: i32) -> Vec<NamespaceRecord> {
                 || (*kind == Network && namespaces.new_network)
                 || (*kind == Cgroup && namespaces.new_cgroup)
                 || (*kind == Time && namespaces.new_time)
+                || (*kind == Ipc && namespaces.late_ipc)
         })
         .map(|kind| NamespaceRecord {
             kind: namespace_file(kind).to_owned(),

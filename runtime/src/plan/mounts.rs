@@ -158,6 +158,13 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
         Some(inside) => inside.clone(),
         None => relative("mounts", mount.destination().as_os_str().as_bytes())?,
     };
+    if clean(mount.destination()).is_empty()
+        || clean(Path::new(&*target.to_string_lossy())).is_empty()
+    {
+        return Err(Error::invalid(format!(
+            "mountpoint {destination:?} is on the top of rootfs"
+        )));
+    }
     check_proc(&destination, mount, &kind)?;
     let mut attributes = match &kind {
         MountKind::Legacy { .. } | MountKind::Bind(_) => Attributes::default(),

@@ -31,13 +31,16 @@ pub struct JoinStep {
 /// The namespaces of a container.
 #[derive(Debug, Default)]
 pub struct NamespacePlan {
-    /// CLONE_NEW* of the one clone: all new namespaces but cgroup and time.
+    /// CLONE_NEW* of the one clone: all new namespaces but those that the child unshares.
     pub clone_flags: u64,
     /// Unshared by the child once it is in its cgroup: the namespace's root is where it stands.
     pub new_cgroup: bool,
     /// Somebody else puts the child into its cgroup, after the clone.
     pub late_cgroup: bool,
     pub new_time: bool,
+    /// Unshared by the child, too: the root of its mqueue belongs to who makes the namespace, and
+    /// at the clone of a user namespace that is nobody in it.
+    pub late_ipc: bool,
     /// "monotonic 1 0\nboottime ...", written before the time namespace is entered.
     pub time_offsets: Option<String>,
     pub joins: Vec<JoinStep>,
@@ -62,6 +65,7 @@ impl NamespacePlan {
         let mut plan = Self {
             new_cgroup: wanted.creates(Kind::Cgroup),
             new_time: wanted.creates(Kind::Time),
+            late_ipc: wanted.creates(Kind::User) && wanted.creates(Kind::Ipc),
             new_user: wanted.creates(Kind::User),
             joined_user: wanted.joins(Kind::User).is_some(),
             new_network: wanted.creates(Kind::Network),
@@ -69,7 +73,8 @@ impl NamespacePlan {
             ..Self::default()
         };
         for kind in wanted.created() {
-            if !matches!(kind, Kind::Cgroup | Kind::Time) {
+            let late = *kind == Kind::Ipc && plan.late_ipc;
+            if !late && !matches!(kind, Kind::Cgroup | Kind::Time) {
                 plan.clone_flags |= namespace_flag(*kind);
             }
         }
