@@ -1,46 +1,6 @@
-//! Owns the names and numbers of signals as CRI and images write them. Pure.
+//! Owns the values of CRI's signals. Pure; the names and numbers are in `coracle_oci::signal`.
 
-/// Names in the order of CRI's enum from 1 on (SIGABRT .. SIGUSR2, and so on), with their numbers.
-const NAMED: [(&str, i32); 34] = [
-    ("ABRT", libc::SIGABRT),
-    ("ALRM", libc::SIGALRM),
-    ("BUS", libc::SIGBUS),
-    ("CHLD", libc::SIGCHLD),
-    ("CLD", libc::SIGCHLD),
-    ("CONT", libc::SIGCONT),
-    ("FPE", libc::SIGFPE),
-    ("HUP", libc::SIGHUP),
-    ("ILL", libc::SIGILL),
-    ("INT", libc::SIGINT),
-    ("IO", libc::SIGIO),
-    ("IOT", libc::SIGIOT),
-    ("KILL", libc::SIGKILL),
-    ("PIPE", libc::SIGPIPE),
-    ("POLL", libc::SIGPOLL),
-    ("PROF", libc::SIGPROF),
-    ("PWR", libc::SIGPWR),
-    ("QUIT", libc::SIGQUIT),
-    ("SEGV", libc::SIGSEGV),
-    ("STKFLT", 16),
-    ("STOP", libc::SIGSTOP),
-    ("SYS", libc::SIGSYS),
-    ("TERM", libc::SIGTERM),
-    ("TRAP", libc::SIGTRAP),
-    ("TSTP", libc::SIGTSTP),
-    ("TTIN", libc::SIGTTIN),
-    ("TTOU", libc::SIGTTOU),
-    ("URG", libc::SIGURG),
-    ("USR1", libc::SIGUSR1),
-    ("USR2", libc::SIGUSR2),
-    ("VTALRM", libc::SIGVTALRM),
-    ("WINCH", libc::SIGWINCH),
-    ("XCPU", libc::SIGXCPU),
-    ("XFSZ", libc::SIGXFSZ),
-];
-
-/// The first real-time signal that programs may use, as glibc counts.
-const RTMIN: i32 = 34;
-const RTMAX: i32 = 64;
+use coracle_oci::signal::{NAMED, RTMAX, RTMIN, name, parse};
 
 /// The signal of a value of CRI's enum; `None` for "the runtime's default" and unknown values.
 pub fn from_cri(value: i32) -> Option<i32> {
@@ -56,11 +16,7 @@ pub fn from_cri(value: i32) -> Option<i32> {
 
 /// The value of CRI's enum for a signal; 0 when it has none.
 pub fn to_cri(signal: i32) -> i32 {
-    // The usual name of a number comes last or alone (CHLD, not CLD; ABRT, not IOT).
-    let aliases = ["CLD", "IOT", "POLL"];
-    let position = NAMED
-        .iter()
-        .position(|(name, number)| *number == signal && !aliases.contains(name));
+    let position = name(signal).and_then(|usual| NAMED.iter().position(|(name, _)| *name == usual));
     match position {
         Some(at) => i32::try_from(at).unwrap_or(-1) + 1,
         None if (RTMIN..=RTMAX).contains(&signal) => signal - RTMIN + 35,
@@ -70,24 +26,7 @@ pub fn to_cri(signal: i32) -> i32 {
 
 /// The signal that an image names: `SIGTERM`, `term`, `15`, `RTMIN+3`.
 pub fn from_name(text: &str) -> Option<i32> {
-    if let Ok(number) = text.parse::<i32>() {
-        return (1..=RTMAX).contains(&number).then_some(number);
-    }
-    let upper = text.to_ascii_uppercase();
-    let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-    if let Some((_, number)) = NAMED.iter().find(|(known, _)| *known == name) {
-        return Some(*number);
-    }
-    let offset = |rest: &str, sign: char| match rest {
-        "" => Some(0),
-        _ => rest.strip_prefix(sign)?.parse::<i32>().ok(),
-    };
-    let number = match (name.strip_prefix("RTMIN"), name.strip_prefix("RTMAX")) {
-        (Some(rest), _) => RTMIN + offset(rest, '+')?,
-        (_, Some(rest)) => RTMAX - offset(rest, '-')?,
-        _ => return None,
-    };
-    (RTMIN..=RTMAX).contains(&number).then_some(number)
+    parse(text).filter(|number| (1..=RTMAX).contains(number))
 }
 
 #[cfg(test)]

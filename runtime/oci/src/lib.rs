@@ -10,6 +10,7 @@ pub mod config;
 pub mod id;
 mod names;
 pub mod record;
+pub mod signal;
 pub mod state;
 pub mod time;
 
