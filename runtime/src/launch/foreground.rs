@@ -96,12 +96,10 @@ impl Signals {
             if let Some(status) = try_reap(pid)? {
                 return Ok(exit_code(status));
             }
-            let signal = self
-                .set
-                .wait()
-                .map_err(|error| Error::system("sigwait", "", error))?;
-            if signal != Signal::SIGCHLD {
-                forward(pid, signal as i32);
+            let signal = coracle_sys::signal::wait(&self.set)
+                .map_err(|error| Error::system("sigwaitinfo", "", error))?;
+            if signal != libc::SIGCHLD {
+                forward(pid, signal);
             }
         }
     }
