@@ -371,6 +371,6 @@ impl Child<'_> {
         let file = program::find(plan)?;
         identity::load_filter_late(plan, channel)?;
         channel.wait()?;
-        Err(init::execute(plan, &file, home))
+        init::execute(plan, &file, home)
     }
 }

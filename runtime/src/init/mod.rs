@@ -24,7 +24,7 @@ use rustix::process::DumpableBehavior;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::console::{self, Pty};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::hooks::{self, Surroundings};
 use crate::launch::channel::Channel;
 use crate::launch::network;
@@ -73,6 +73,9 @@ fn complain(error: &Error) {
     let text = format!("coracle: {error:#}\n");
     let _ = rustix::io::write(rustix::stdio::stderr(), text.as_bytes());
 }
+
+/// The exit code of a process whose program was found and could not be executed.
+const EXEC_REFUSED: i32 = 255;
 
 /// No value: the steps end in execve or in an error.
 pub enum Never {}
@@ -171,7 +174,7 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
         crate::launch::gate::wait(gate)?;
     }
     start_hooks(child, home.as_ref())?;
-    Err(execute(process, &program, home))
+    execute(process, &program, home)
 }
 
 /// Joins the v1 hierarchies from inside: "0" is the writer itself.
@@ -183,8 +186,9 @@ pub fn join_cgroup(tasks: &[OwnedFd]) -> Result<()> {
     Ok(())
 }
 
-/// Replaces this process by the program.
-pub fn execute(process: &ProcessPlan, program: &CString, home: Option<CString>) -> Error {
+/// Replaces this process by the program. What the kernel has against it is told where the program
+/// itself would speak, as with runc: the runtime's part ends here.
+pub fn execute(process: &ProcessPlan, program: &CString, home: Option<CString>) -> ! {
     let error = match home {
         None => exec::execve(program, &process.args, &process.env),
         Some(home) => {
@@ -193,12 +197,9 @@ pub fn execute(process: &ProcessPlan, program: &CString, home: Option<CString>) 
             exec::execve(program, &process.args, &exec::CStringArray::new(all))
         }
     };
-    Error::new(
-        Kind::Exec,
-        format!("exec {}", program.to_string_lossy()),
-        "",
-    )
-    .source(error)
+    let error = Error::system("exec", program.to_string_lossy(), error);
+    let _ = rustix::io::write(rustix::stdio::stderr(), format!("{error:#}\n").as_bytes());
+    clone::exit_now(EXEC_REFUSED)
 }
 
 pub fn new_session() -> Result<()> {

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use coracle_oci::spec::Hooks;
-use coracle_oci::state::State;
+use coracle_oci::state::{State, Status};
 
 use super::channel::{Channel, Report};
 use super::seccomp_agent;
@@ -71,7 +71,7 @@ impl<'a> Conversation<'a> {
                         self.channel.answer_tree(file.as_fd())?;
                     }
                 }
-                Report::Failed(error) => return Err(in_init(error)),
+                Report::Failed(error) => return Err(self.explained(error)),
                 Report::Closed => {
                     return Err(Error::new(
                         Kind::System,
@@ -129,12 +129,13 @@ impl<'a> Conversation<'a> {
         }
         Ok(())
     }
-}
 
-/// runc's words for a failure inside the container; the program's own keep to themselves.
-fn in_init(error: Error) -> Error {
-    if error.kind() == Kind::Exec {
-        return error;
+    /// runc's words for a failure inside the container's init; those of a program, and of an exec
+    /// into a container that runs, keep to themselves.
+    fn explained(&self, error: Error) -> Error {
+        if error.kind() == Kind::Exec || self.state.status == Status::Running {
+            return error;
+        }
+        error.context("error during container init")
     }
-    error.context("error during container init")
 }
