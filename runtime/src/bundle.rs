@@ -23,7 +23,7 @@ impl Bundle {
     pub fn open(directory: Option<&Path>) -> Result<Self> {
         let given = directory.unwrap_or(Path::new("."));
         let directory = std::fs::canonicalize(given)
-            .map_err(|error| Error::system("open bundle", given.display().to_string(), error))?;
+            .map_err(|error| Error::system("chdir", given.display().to_string(), error))?;
         let path = directory.join("config.json");
         let config = match read_bounded(&path) {
             Ok(config) => config,

@@ -124,7 +124,10 @@ impl ConsoleSocket {
             None,
         )
         .map_err(fail("socket"))?;
-        rustix::net::connect(&socket, &address).map_err(fail("dial unix"))?;
+        rustix::net::connect(&socket, &address).map_err(|error| {
+            let operation = format!("dial unix {}: connect", path.display());
+            Error::system(operation, "", error)
+        })?;
         Ok(Self { socket })
     }
 

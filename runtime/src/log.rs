@@ -4,9 +4,10 @@
 //! to say; a log that cannot be written is not an error of the command.
 
 use std::fmt::Write as _;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::cli::{GlobalArgs, LogFormat};
@@ -58,12 +59,7 @@ fn write(global: &GlobalArgs, level: Level, message: &str) {
         let _ = std::io::stderr().write_all(record.as_bytes());
         return;
     };
-    let opened = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o644)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NOCTTY)
-        .open(path);
+    let opened = open(path);
     // One write call: records of several commands in one file do not mix.
     let written = opened.and_then(|mut file| file.write_all(record.as_bytes()));
     if let Err(error) = written {
@@ -73,6 +69,19 @@ fn write(global: &GlobalArgs, level: Level, message: &str) {
             path.display()
         );
     }
+}
+
+/// The log, made if it is not there.
+///
+/// # Errors
+/// Those of open(2).
+pub fn open(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o644)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NOCTTY)
+        .open(path)
 }
 
 fn record(format: LogFormat, level: Level, message: &str, seconds: u64) -> String {

@@ -1,16 +1,18 @@
 //! The global flags, resolved: what `--root`, `--log` and the others come to on this host.
 //!
-//! Owns the flags that stand before the command. Never touches the file system.
+//! Owns the flags that stand before the command.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::{ArgAction, Args, ValueEnum};
+use clap::{ArgAction, Args};
 
-/// Where container state lives for root.
-const ROOT: &str = "/run/coracle";
+use super::line::parse_bool;
+use super::root;
+use crate::error::{Error, Result};
+use crate::log;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
     Text,
     Json,
@@ -27,54 +29,55 @@ pub enum Rootless {
 
 impl Rootless {
     /// Go's `strconv.ParseBool` spellings, and `auto`: what runc takes.
-    fn parse(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(Self::True),
-            "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(Self::False),
-            _ => Err("must be one of true, false, auto".into()),
+    fn parse(text: &str) -> Result<Self> {
+        if text.is_empty() || text.eq_ignore_ascii_case("auto") {
+            return Ok(Self::Auto);
+        }
+        match parse_bool(text) {
+            Some(true) => Ok(Self::True),
+            Some(false) => Ok(Self::False),
+            None => Err(Error::invalid(format!(
+                "strconv.ParseBool: parsing \"{text}\": invalid syntax"
+            ))),
         }
     }
 }
 
-/// `--flag`, `--flag=true` and `--flag=false`, as Go's flag package takes them.
-fn parse_bool(text: &str) -> Result<bool, String> {
-    match Rootless::parse(text) {
-        Ok(Rootless::True) => Ok(true),
-        Ok(Rootless::False) => Ok(false),
-        _ => Err("must be true or false".into()),
+impl LogFormat {
+    fn parse(text: &str) -> Result<Self> {
+        match text {
+            "" | "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err(Error::invalid(format!("invalid log-format: {text}"))),
+        }
     }
 }
 
 /// The flags as they stand on the command line.
-#[derive(Debug, Args)]
+#[derive(Debug, PartialEq, Eq, Args)]
 pub(super) struct RawGlobalArgs {
     /// enable debug logging
-    #[arg(long, value_name = "bool", num_args = 0..=1, require_equals = true,
-          default_value_t = false, default_missing_value = "true", value_parser = parse_bool,
-          hide_default_value = true, hide_possible_values = true)]
+    #[arg(long)]
     debug: bool,
     /// set the log file to write coracle logs to (default is '/dev/stderr')
-    #[arg(long, value_name = "value")]
+    #[arg(long, value_name = "string")]
     log: Option<PathBuf>,
     /// set the log format ('text' (default), or 'json')
-    #[arg(long, value_name = "value", value_enum, default_value_t = LogFormat::Text,
-          hide_default_value = true, hide_possible_values = true)]
-    log_format: LogFormat,
-    /// root directory for storage of container state (this should be located in tmpfs)
-    #[arg(long, value_name = "value")]
+    #[arg(long, value_name = "string", default_value = "text")]
+    log_format: String,
+    /// root directory for storage of container state (this should be located in tmpfs), by default
+    /// /run/coracle, or for users other than root $XDG_RUNTIME_DIR/coracle
+    #[arg(long, value_name = "string")]
     root: Option<PathBuf>,
     /// path to the criu binary used for checkpoint and restore; ignored, for old callers
-    #[arg(long, value_name = "value", hide = true)]
+    #[arg(long, value_name = "string", hide = true)]
     criu: Option<PathBuf>,
     /// enable systemd cgroup support, expects cgroupsPath to be of form "slice:prefix:name"
-    #[arg(long, value_name = "bool", num_args = 0..=1, require_equals = true,
-          default_value_t = false, default_missing_value = "true", value_parser = parse_bool,
-          hide_default_value = true, hide_possible_values = true)]
+    #[arg(long)]
     systemd_cgroup: bool,
     /// ignore cgroup permission errors ('true', 'false', or 'auto')
-    #[arg(long, value_name = "value", default_value = "auto", value_parser = Rootless::parse)]
-    rootless: Rootless,
+    #[arg(long, value_name = "string", default_value = "auto")]
+    rootless: String,
     /// print the version
     #[arg(long, short = 'v', action = ArgAction::Version)]
     version: Option<bool>,
@@ -93,20 +96,27 @@ pub struct GlobalArgs {
 }
 
 impl RawGlobalArgs {
-    pub(super) fn resolve(self) -> GlobalArgs {
-        GlobalArgs {
-            root: self.root.unwrap_or_else(|| {
-                default_root(
-                    rustix::process::geteuid().is_root(),
-                    std::env::var_os("XDG_RUNTIME_DIR").as_deref(),
-                )
-            }),
-            log: log_file(self.log),
-            log_format: self.log_format,
+    /// # Errors
+    /// A value that means nothing, or a log that cannot be written.
+    pub(super) fn resolve(self) -> Result<GlobalArgs> {
+        let log_format = LogFormat::parse(&self.log_format)?;
+        let log = log_file(self.log);
+        // Found out now: a command whose records are lost is not begun.
+        if let Some(path) = &log {
+            log::open(path)
+                .map_err(|error| Error::system("open", path.display().to_string(), error))?;
+        }
+        Ok(GlobalArgs {
+            root: match self.root {
+                Some(root) => root::absolute(root)?,
+                None => root::default()?,
+            },
+            log,
+            log_format,
             debug: self.debug,
             systemd_cgroup: self.systemd_cgroup,
-            rootless: self.rootless,
-        }
+            rootless: Rootless::parse(&self.rootless)?,
+        })
     }
 }
 
@@ -152,24 +162,9 @@ fn log_file(path: Option<PathBuf>) -> Option<PathBuf> {
     path.filter(|path| !path.as_os_str().is_empty() && path != Path::new("/dev/stderr"))
 }
 
-fn default_root(is_root: bool, runtime_dir: Option<&OsStr>) -> PathBuf {
-    match runtime_dir {
-        Some(dir) if !is_root && !dir.is_empty() => Path::new(dir).join("coracle"),
-        _ => PathBuf::from(ROOT),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn default_root_follows_the_runtime_dir_only_for_users() {
-        let dir = Some(OsStr::new("/run/user/7"));
-        assert_eq!(default_root(true, dir), Path::new("/run/coracle"));
-        assert_eq!(default_root(false, dir), Path::new("/run/user/7/coracle"));
-        assert_eq!(default_root(false, None), Path::new("/run/coracle"));
-    }
 
     #[test]
     fn log_flags_are_found_on_a_refused_command_line() {

@@ -7,8 +7,9 @@ use coracle_oci::ContainerId;
 
 use super::GlobalArgs;
 use crate::bundle::Bundle;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::launch::{self, Request, notify};
+use crate::log;
 use crate::plan::LaunchOptions;
 
 #[derive(Debug, clap::Args)]
@@ -38,8 +39,8 @@ pub struct ContainerArgs {
     /// do not create a new session keyring for the container
     #[arg(long)]
     pub no_new_keyring: bool,
-    /// pass N additional file descriptors to the container (stdio + $LISTEN_FDS + N in total)
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    /// Pass N additional file descriptors to the container (stdio + $LISTEN_FDS + N in total)
+    #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
     /// the name of the container
     #[arg(value_name = "container-id")]
@@ -76,6 +77,12 @@ impl ContainerArgs {
     ) -> Result<Request<'a>> {
         let path =
             |path: &'a Option<PathBuf>| path.as_deref().filter(|path| !path.as_os_str().is_empty());
+        // By then this process is one that runs from it.
+        log::debug(global, || {
+            let argv: Vec<_> = std::env::args_os().take(1).collect();
+            let program = super::program(&argv);
+            format!("{program} exeseal: using /proc/self/exe clone")
+        });
         let id = ContainerId::parse(&self.id).map_err(|error| Error::invalid(error.to_string()))?;
         let mut bundle = Bundle::open(path(&self.bundle))?;
         if notify::host().is_some() {
@@ -105,9 +112,16 @@ pub fn check_inherited_fds(preserve: u32) -> Result<u32> {
         let open =
             i32::try_from(fd).is_ok_and(|fd| coracle_sys::process::duplicate_inherited(fd).is_ok());
         if !open {
-            return Err(Error::invalid(format!(
-                "unable to preserve fd {fd}: bad file descriptor, check the --preserve-fds count"
-            )));
+            let what = match fd - 3 - i64::from(listen_fds) {
+                at @ 0.. => format!("preserved-fd {at} (of {preserve})"),
+                _ => format!("fd {fd} (of LISTEN_FDS={listen_fds})"),
+            };
+            return Err(Error::new(
+                Kind::Invalid,
+                format!("unable to stat {what}: stat /proc/self/fd/{fd}"),
+                "",
+            )
+            .source(rustix::io::Errno::NOENT));
         }
     }
     Ok(listen_fds)

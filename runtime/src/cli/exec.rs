@@ -57,13 +57,14 @@ pub struct Args {
     #[arg(long, value_name = "value")]
     apparmor: Option<String>,
     /// set the no new privileges value for the process
-    #[arg(long)]
-    no_new_privs: bool,
+    #[arg(long, value_name = "bool", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", hide_possible_values = true)]
+    no_new_privs: Option<bool>,
     /// add a capability to the bounding set for the process
     #[arg(long, short = 'c', value_name = "value")]
     cap: Vec<String>,
-    /// pass N additional file descriptors to the container (stdio + $LISTEN_FDS + N in total)
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    /// Pass N additional file descriptors to the container (stdio + $LISTEN_FDS + N in total)
+    #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
     /// run the process in an (existing) sub-cgroup(s). Format is [<controller>:]<cgroup>
     #[arg(long, value_name = "value")]
@@ -92,7 +93,11 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     })?;
     let parsed = config::parse(&container.entry.config()?)
         .map_err(|error| Error::new(Kind::Invalid, "", "").source(error))?;
-    let process = args.process(&parsed.spec)?;
+    let mut warnings = Vec::new();
+    let process = args.process(&parsed.spec, &mut warnings)?;
+    for warning in &warnings {
+        log::warning(global, warning);
+    }
     crate::spec::check_process(&process, &HostFacts::probe()?)?;
     let terminal = process.terminal().unwrap_or(false);
     terminal_fits(terminal, !args.detach, args.console_socket.is_some())?;
@@ -166,13 +171,13 @@ fn finish(
 
 impl Args {
     /// The process to run: the given document, or the container's own with the flags applied.
-    fn process(&self, spec: &Spec) -> Result<Process> {
+    fn process(&self, spec: &Spec, warnings: &mut Vec<String>) -> Result<Process> {
         let own = spec
             .process()
             .as_ref()
             .ok_or_else(|| Error::invalid("process property must not be empty"))?;
         if let Some(path) = &self.process {
-            return document(path, own);
+            return document(path, own, warnings);
         }
         if self.command.is_empty() {
             return Err(Error::invalid("exec args cannot be empty"));
@@ -190,8 +195,8 @@ impl Args {
         if let Some(label) = &self.process_label {
             process.set_selinux_label(Some(label.clone()));
         }
-        if self.no_new_privs {
-            process.set_no_new_privileges(Some(true));
+        if self.no_new_privs.is_some() {
+            process.set_no_new_privileges(self.no_new_privs);
         }
         if !self.env.is_empty() {
             let mut env = own.env().clone().unwrap_or_default();
@@ -199,7 +204,7 @@ impl Args {
             process.set_env(Some(env));
         }
         if !self.cap.is_empty() {
-            process.set_capabilities(Some(with_capabilities(own, &self.cap)?));
+            process.set_capabilities(Some(with_capabilities(own, &self.cap, warnings)?));
         }
         if let Some(user) = &self.user {
             let (uid, gid) = parse_user(user)?;
@@ -218,9 +223,10 @@ impl Args {
 }
 
 /// A process.json; what it leaves out comes from the container.
-fn document(path: &Path, own: &Process) -> Result<Process> {
-    let (mut process, _warnings) = config::parse_process(&read_document(path)?)
+fn document(path: &Path, own: &Process, warnings: &mut Vec<String>) -> Result<Process> {
+    let (mut process, unknown) = config::parse_process(&read_document(path)?)
         .map_err(|error| Error::new(Kind::Invalid, "", "").source(error))?;
+    warnings.extend(unknown);
     if process.capabilities().is_none() {
         process.set_capabilities(own.capabilities().clone());
     }
@@ -258,8 +264,13 @@ fn document(path: &Path, own: &Process) -> Result<Process> {
     Ok(process)
 }
 
-/// `--cap`: added to the sets that a program can use.
-fn with_capabilities(own: &Process, names: &[String]) -> Result<LinuxCapabilities> {
+/// `--cap`: added to the sets that a program can use. A name that this build does not know may be
+/// one of a newer kernel.
+fn with_capabilities(
+    own: &Process,
+    names: &[String],
+    warnings: &mut Vec<String>,
+) -> Result<LinuxCapabilities> {
     let mut sets = match own.capabilities() {
         Some(sets) => sets.clone(),
         None => empty_capabilities()?,
@@ -267,9 +278,12 @@ fn with_capabilities(own: &Process, names: &[String]) -> Result<LinuxCapabilitie
     for name in names {
         let bare = name.to_ascii_uppercase();
         let bare = bare.strip_prefix("CAP_").unwrap_or(&bare);
-        let capability: Capability = bare
-            .parse()
-            .map_err(|_| Error::invalid(format!("unknown capability {name:?}")))?;
+        let Ok(capability) = bare.parse::<Capability>() else {
+            warnings.push(format!(
+                "ignoring unknown or unavailable capabilities: [{name}]"
+            ));
+            continue;
+        };
         let with = |set: &Option<std::collections::HashSet<Capability>>| {
             let mut set = set.clone().unwrap_or_default();
             set.insert(capability);
@@ -299,14 +313,24 @@ fn empty_capabilities() -> Result<LinuxCapabilities> {
 }
 
 fn parse_user(text: &str) -> Result<(u32, Option<u32>)> {
-    let number = |part: &str| {
-        part.parse::<u32>().map_err(|error| {
-            Error::invalid(format!("parsing {part:?} as an id in --user")).source(error)
+    let number = |kind: &str, part: &str| {
+        let digits = part.strip_prefix('+').unwrap_or(part);
+        let digits = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+        part.parse::<u32>().map_err(|_| {
+            let why = if digits {
+                "value out of range"
+            } else {
+                "invalid syntax"
+            };
+            Error::invalid(format!("bad {kind}: strconv.Atoi: parsing {part:?}: {why}"))
         })
     };
     match text.split_once(':') {
-        Some((uid, gid)) => Ok((number(uid)?, Some(number(gid)?))),
-        None => Ok((number(text)?, None)),
+        Some((uid, gid)) => {
+            let gid = number("gid", gid)?;
+            Ok((number("uid", uid)?, Some(gid)))
+        }
+        None => Ok((number("uid", text)?, None)),
     }
 }
 
@@ -328,6 +352,19 @@ mod tests {
         for (text, want) in cases {
             assert_eq!(parse_user(text).ok(), *want, "{text}");
         }
+        for (text, want) in [
+            ("x", "bad uid: strconv.Atoi: parsing \"x\": invalid syntax"),
+            (
+                "x:y",
+                "bad gid: strconv.Atoi: parsing \"y\": invalid syntax",
+            ),
+            (
+                "4294967296",
+                "bad uid: strconv.Atoi: parsing \"4294967296\": value out of range",
+            ),
+        ] {
+            assert_eq!(parse_user(text).unwrap_err().to_string(), want);
+        }
     }
 
     fn own() -> Process {
@@ -348,7 +385,7 @@ mod tests {
             r#"{"cwd":"/","user":{"uid":0,"gid":0},"args":["x"]}"#,
         )
         .unwrap();
-        let process = document(&path, &own()).unwrap();
+        let process = document(&path, &own(), &mut Vec::new()).unwrap();
         assert_eq!(process.user().uid(), 0);
         assert_eq!(process.capabilities(), own().capabilities());
         assert_eq!(process.rlimits(), own().rlimits());
@@ -358,7 +395,8 @@ mod tests {
 
     #[test]
     fn capabilities_are_added_to_three_sets() {
-        let sets = with_capabilities(&own(), &["cap_chown".to_owned()]).unwrap();
+        let mut warnings = Vec::new();
+        let sets = with_capabilities(&own(), &["cap_chown".to_owned()], &mut warnings).unwrap();
         assert_eq!(sets.bounding().as_ref().unwrap().len(), 2);
         assert_eq!(sets.effective().as_ref().unwrap().len(), 1);
         assert!(sets.ambient().as_ref().is_none_or(|set| set.is_empty()));
@@ -366,9 +404,16 @@ mod tests {
         let mut sets = inheriting.capabilities().clone().unwrap();
         sets.set_inheritable(Some(Default::default()));
         inheriting.set_capabilities(Some(sets));
-        let sets = with_capabilities(&inheriting, &["CAP_CHOWN".to_owned()]).unwrap();
+        let sets =
+            with_capabilities(&inheriting, &["CAP_CHOWN".to_owned()], &mut warnings).unwrap();
         assert_eq!(sets.ambient().as_ref().unwrap().len(), 1);
-        assert!(with_capabilities(&own(), &["CAP_NOPE".to_owned()]).is_err());
+        assert!(warnings.is_empty());
+        let sets = with_capabilities(&own(), &["CAP_NOPE".to_owned()], &mut warnings).unwrap();
+        assert_eq!(&sets, own().capabilities().as_ref().unwrap());
+        assert_eq!(
+            warnings,
+            ["ignoring unknown or unavailable capabilities: [CAP_NOPE]"]
+        );
         assert!(
             empty_capabilities()
                 .unwrap()

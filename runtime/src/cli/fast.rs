@@ -5,15 +5,20 @@
 //! and errors have one source.
 
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt as _;
 
 use clap::{Args, FromArgMatches as _};
 
 use super::args::RawGlobalArgs;
-use super::{Command, GlobalArgs, create, delete, exec, kill, run, start, state};
+use super::{Command, create, delete, exec, kill, run, start, state};
 
 /// The parsed line, if it is one of these commands and right.
-pub(super) fn parse(argv: &[OsString]) -> Option<(GlobalArgs, Command)> {
-    match word(argv)? {
+pub(super) fn parse(argv: &[OsString]) -> Option<(RawGlobalArgs, Command)> {
+    let (at, name) = word(argv)?;
+    if has_gos_forms(argv.get(at + 1..)?, name == "exec") {
+        return None;
+    }
+    match name {
         "create" => one(
             argv,
             "create",
@@ -33,13 +38,14 @@ pub(super) fn parse(argv: &[OsString]) -> Option<(GlobalArgs, Command)> {
     }
 }
 
-/// The first word that is neither a global flag nor the value of one.
-fn word(argv: &[OsString]) -> Option<&str> {
-    let mut words = argv.iter().skip(1);
+/// The first word that is neither a global flag nor the value of one, and where it stands.
+fn word(argv: &[OsString]) -> Option<(usize, &str)> {
+    let mut words = argv.iter().enumerate().skip(1);
     loop {
-        let word = words.next()?.to_str()?;
+        let (at, word) = words.next()?;
+        let word = word.to_str()?;
         let Some(flag) = word.strip_prefix("--") else {
-            return (!word.starts_with('-')).then_some(word);
+            return (!word.starts_with('-')).then_some((at, word));
         };
         if matches!(flag, "root" | "log" | "log-format" | "rootless" | "criu") {
             words.next();
@@ -47,11 +53,30 @@ fn word(argv: &[OsString]) -> Option<&str> {
     }
 }
 
+/// Whether a word like `-bundle` is among a command's: to clap it is `-b undle`. Of `exec` only
+/// those in front of the container's own command count; they end where two words follow each other
+/// that are no flags.
+fn has_gos_forms(words: &[OsString], is_exec: bool) -> bool {
+    let mut after_flag = false;
+    for word in words {
+        let bytes = word.as_bytes();
+        let flag = bytes.first() == Some(&b'-');
+        if flag && bytes.len() > 2 && bytes[1] != b'-' {
+            return true;
+        }
+        if bytes == b"--" || (is_exec && !flag && !after_flag) {
+            return false;
+        }
+        after_flag = flag;
+    }
+    false
+}
+
 fn one<A: Args>(
     argv: &[OsString],
     name: &'static str,
     wrap: fn(A) -> Command,
-) -> Option<(GlobalArgs, Command)> {
+) -> Option<(RawGlobalArgs, Command)> {
     let line = RawGlobalArgs::augment_args(clap::Command::new("coracle"))
         .version("")
         .disable_version_flag(true)
@@ -59,12 +84,13 @@ fn one<A: Args>(
     let matches = line.try_get_matches_from(argv).ok()?;
     let global = RawGlobalArgs::from_arg_matches(&matches).ok()?;
     let (_, rest) = matches.subcommand()?;
-    Some((global.resolve(), wrap(A::from_arg_matches(rest).ok()?)))
+    Some((global, wrap(A::from_arg_matches(rest).ok()?)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::line;
 
     fn words(line: &str) -> Vec<OsString> {
         line.split(' ').map(OsString::from).collect()
@@ -83,7 +109,8 @@ mod tests {
             ("coracle", None),
         ];
         for (line, want) in cases {
-            assert_eq!(word(&words(line)), want, "{line}");
+            let words = words(line);
+            assert_eq!(word(&words).map(|(_, word)| word), want, "{line}");
         }
     }
 
@@ -98,9 +125,15 @@ mod tests {
             "coracle delete --force id",
             "coracle start id",
             "coracle state id",
+            "coracle exec id ls -la",
+            "coracle exec -d id ls -la --all",
         ] {
             let (fast_global, fast) = parse(&words(line)).unwrap();
-            let (global, whole) = super::super::parse_whole(&words(line)).unwrap();
+            let definitions = super::super::definitions();
+            let line::Line::Run(words) = line::read(&definitions, &words(line)) else {
+                panic!("{line}");
+            };
+            let (global, whole) = super::super::parse(definitions, words).unwrap();
             assert_eq!(fast_global, global, "{line}");
             assert_eq!(format!("{fast:?}"), format!("{whole:?}"), "{line}");
         }
@@ -113,6 +146,11 @@ mod tests {
             "coracle run",
             "coracle --nope state x",
             "coracle list",
+            "coracle run -bundle /b x",
+            "coracle run x -bundle=/b",
+            "coracle exec -tty x sh",
+            "coracle exec -e A=b -cwd /x x sh",
+            "coracle create --no-pivot=true x",
         ] {
             assert!(parse(&words(line)).is_none(), "{line}");
         }

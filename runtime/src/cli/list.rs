@@ -1,6 +1,7 @@
 //! `list`: the containers of one state root.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::ExitCode;
@@ -11,7 +12,6 @@ use coracle_oci::state::StateReport;
 use super::GlobalArgs;
 use super::state::write_stdout;
 use crate::error::{Error, Kind, Result};
-use crate::log;
 use crate::state::{Store, status};
 
 #[derive(Debug, clap::Args)]
@@ -57,7 +57,10 @@ fn reports(global: &GlobalArgs) -> Result<Vec<StateReport>> {
     for id in ids {
         match report(&store, &id, &mut owners) {
             Ok(report) => reports.push(report),
-            Err(error) => log::warning(global, &format!("load container {id}: {error:#}")),
+            // For whoever looks; a log would say it again with every list.
+            Err(error) => {
+                let _ = writeln!(std::io::stderr(), "load container {id}: {error:#}");
+            }
         }
     }
     Ok(reports)

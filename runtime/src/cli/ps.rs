@@ -57,11 +57,11 @@ fn table(pids: &[i32], options: &[String]) -> Result<String> {
     let text = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
         let message = format!("{text}{}", String::from_utf8_lossy(&output.stderr));
-        return Err(Error::system(
-            format!("ps: {}", output.status),
-            "",
-            message.trim().to_owned(),
-        ));
+        let status = match output.status.code() {
+            Some(code) => format!("exit status {code}"),
+            None => output.status.to_string(),
+        };
+        return Err(Error::system(status, "", message.trim().to_owned()));
     }
     select(&text, pids)
 }

@@ -43,9 +43,13 @@ pub fn run(args: &Args, _global: &GlobalArgs) -> Result<ExitCode> {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Err(Error::new(
             Kind::Exists,
-            format!("file {} exists. Remove it first", path.display()),
+            format!("File {CONFIG} exists. Remove it first"),
             "",
         )),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let bundle = args.bundle.as_deref().unwrap_or(Path::new("."));
+            Err(Error::system("chdir", bundle.display().to_string(), e))
+        }
         Err(e) => Err(Error::system("write", path.display().to_string(), e)),
     }
 }
