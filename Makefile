@@ -9,6 +9,7 @@ TARGET           := $(shell uname -m)-unknown-linux-gnu
 CARGO_TARGET_DIR ?= target
 RELEASE          := $(CARGO_TARGET_DIR)/$(TARGET)/release
 OUT              := $(CARGO_TARGET_DIR)/release
+CORACLE_COMMIT   ?= $(shell git describe --always --dirty --abbrev=40 2>/dev/null)
 DESTDIR          ?=
 PREFIX           ?= /usr/local
 
@@ -19,7 +20,7 @@ TOOLS    := fixtures probe demo bench vm
 BIN_DIR  := $(abspath $(OUT))
 RUN_ENV  := CORACLE_CACHE="$(CORACLE_CACHE)" CORACLE_BIN_DIR="$(BIN_DIR)"
 
-.PHONY: help build tools run test test-host test-vm bench check install clean deps \
+.PHONY: help build tools man completions run test test-host test-vm bench check install clean deps \
     check-format check-lints check-units check-architecture check-dependencies
 
 help:
@@ -29,12 +30,14 @@ help:
 	@echo 'make test-vm   those that need cgroup v2, systemd, AppArmor or CRIU, in a guest'
 	@echo 'make bench     measurements against runc, crun and containerd, in $(CARGO_TARGET_DIR)/bench'
 	@echo 'make check     format, lints, unit tests, architecture, licences'
-	@echo 'make install   binaries and systemd unit under DESTDIR and PREFIX'
+	@echo 'make man       manual pages in $(OUT)/man; make completions: for bash, zsh and fish'
+	@echo 'make install   binaries, systemd unit, manual and completions under DESTDIR and PREFIX'
 	@echo 'make deps      what run, test and bench need: packages by apt, Go tools in the cache'
 	@echo 'make clean     remove what was built'
 
+# The commit is told to `coracle --version` alone.
 build:
-	$(CARGO) build --locked --release --bins -p coracle -p coracle-shim -p coracle-cri
+	CORACLE_COMMIT="$(CORACLE_COMMIT)" $(CARGO) build --locked --release --bins -p coracle -p coracle-shim -p coracle-cri
 	@mkdir -p $(OUT)
 	@for b in $(BINARIES); do ln -f $(RELEASE)/$$b $(OUT)/$$b || cp -f $(RELEASE)/$$b $(OUT)/$$b; done
 	@ls -l $(addprefix $(OUT)/,$(BINARIES))
@@ -45,6 +48,10 @@ tools:
 	@mkdir -p $(OUT)
 	@for b in $(TOOLS); do ln -f $(RELEASE)/$$b $(OUT)/$$b || cp -f $(RELEASE)/$$b $(OUT)/$$b; done
 	@for b in floor peak; do cc -O2 -static -s -Wall -Wextra -o $(OUT)/$$b integration/floor/$$b.c || exit 1; done
+
+# From the definitions that the runtime parses its command line with.
+man completions:
+	$(CARGO) run --locked --quiet -p coracle --example manual -- $@ $(OUT)/$@
 
 deps:
 	@CORACLE_CACHE="$(CORACLE_CACHE)" .ci/deps
@@ -90,11 +97,16 @@ check-architecture:
 check-dependencies:
 	@CORACLE_CACHE="$(CORACLE_CACHE)" .ci/deny
 
-install: build
+install: build man completions
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system
 	for b in $(BINARIES); do install -m 0755 $(OUT)/$$b $(DESTDIR)$(PREFIX)/bin/$$b || exit 1; done
 	sed 's|@PREFIX@|$(PREFIX)|g' docs/coracled.service.in > $(DESTDIR)$(PREFIX)/lib/systemd/system/coracled.service
 	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/coracled.service
+	install -d $(DESTDIR)$(PREFIX)/share/man/man8
+	install -m 0644 $(OUT)/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8
+	install -D -m 0644 $(OUT)/completions/bash/coracle $(DESTDIR)$(PREFIX)/share/bash-completion/completions/coracle
+	install -D -m 0644 $(OUT)/completions/zsh/_coracle $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_coracle
+	install -D -m 0644 $(OUT)/completions/fish/coracle.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/coracle.fish
 
 clean:
 	$(CARGO) clean
