@@ -202,7 +202,7 @@ fn prepare(guest: &mut Guest, end: Instant) -> Result<()> {
     Ok(())
 }
 
-/// Output of one executable, passed on by lines: its two streams must not cut into each other.
+/// Output of one executable, passed on as it comes and counted by lines.
 #[derive(Default)]
 struct Said {
     unfinished: Vec<u8>,
@@ -217,15 +217,19 @@ impl Said {
         let mut out = std::io::stdout().lock();
         out.write_all(bytes)?;
         out.flush()?;
+        self.count(bytes);
+        Ok(())
+    }
+
+    fn count(&mut self, bytes: &[u8]) {
         self.unfinished.extend_from_slice(bytes);
         let Some(end) = self.unfinished.iter().rposition(|b| *b == b'\n') else {
-            return Ok(());
+            return;
         };
         let lines: Vec<u8> = self.unfinished.drain(..=end).collect();
         for line in lines.lines() {
             self.read(&line.unwrap_or_default());
         }
-        Ok(())
     }
 
     fn read(&mut self, line: &str) {
@@ -253,17 +257,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn results_are_counted_across_any_cut() -> Result<()> {
+    fn results_are_counted_across_any_cut() {
         let text = b"running 3 tests\ntest a ... ok\n\ntest result: FAILED. 2 passed; 1 failed; \
                      0 ignored; 0 measured; 4 filtered out; finished in 0.01s\n\n";
         for step in 1..text.len() {
             let mut said = Said::default();
             for part in text.chunks(step) {
-                said.pass_on(part)?;
+                said.count(part);
             }
             assert_eq!((said.results, said.passed, said.failed), (1, 2, 1));
         }
-        Ok(())
     }
 
     #[test]
