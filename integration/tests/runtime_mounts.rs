@@ -376,3 +376,39 @@ fn nothing_is_mounted_over_the_root() -> Result<()> {
     }
     bench.finish()
 }
+
+#[test]
+fn files_and_directories_do_not_mix() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let file = bench.dir.join("file");
+    std::fs::write(&file, "")?;
+    let onto = |source: &Path, destination: &str| {
+        json!({"destination": destination,
+        "type": "bind", "source": source, "options": ["bind"]})
+    };
+    for (name, mount) in [
+        ("onto-directory", onto(&file, "/mnt")),
+        ("onto-file", onto(&bench.dir, "/bin/busybox")),
+    ] {
+        let output = run(&bench, name, &shell_config(&bench, name, "true", mount))?;
+        let text = text(&output);
+        ensure!(text.contains("not a directory"), "{name}: {text}");
+    }
+    bench.finish()
+}
+
+#[test]
+fn read_only_file_systems_are_filled_first() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    for option in ["ro", "rro"] {
+        let below = json!({"destination": "/mnt/below", "type": "tmpfs", "source": "tmpfs"});
+        let mount = json!({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs",
+            "options": [option]});
+        let config = shell_config(&bench, option, SHOW, mount).push("/mounts", below);
+        let have = shown(&bench, option, &config)?;
+        ensure!(have[0] == "ro", "{have:?}");
+    }
+    bench.finish()
+}

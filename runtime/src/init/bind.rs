@@ -55,7 +55,17 @@ pub fn apply(
     };
     let target = root.mount_target(&step.target, want)?;
     refuse_proc(&target, step)?;
-    finish(&tree, &target, step)
+    finish(&tree, &target, step).map_err(|error| mismatch(error, step, &target, want))
+}
+
+/// A file on a directory, or the other way round: engines know mount(2)'s word for it.
+fn mismatch(error: Error, step: &MountStep, target: &OwnedFd, source: TargetType) -> Error {
+    let directory = rustix::fs::fstat(target)
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory);
+    if error.errno() == Some(libc::EINVAL) && directory != (source == TargetType::Directory) {
+        return at("move_mount", &step.target, rustix::io::Errno::NOTDIR);
+    }
+    error
 }
 
 /// The source's tree, id-mapped where that is asked for.

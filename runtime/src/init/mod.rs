@@ -4,6 +4,7 @@
 //! no locks, no look-ups but of the container's files. Every failure goes to the parent as text.
 
 pub mod bind;
+pub mod cgroup;
 pub mod copy_up;
 pub mod device;
 pub mod identity;

@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use coracle_sys::mount as sys;
-use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::fs::{CWD, FileType};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
@@ -13,10 +13,11 @@ use rustix::mount::{
 };
 
 use super::bind::{self, Parent};
+use super::cgroup;
 use super::copy_up;
 use super::resolve::{Root, TargetType, at};
 use crate::error::{Error, Result};
-use crate::plan::mounts::{FsSource, V1Hierarchy, may_be_inside_proc};
+use crate::plan::mounts::{FsSource, may_be_inside_proc};
 use crate::plan::options::Attributes;
 use crate::plan::{MountKind, MountStep};
 
@@ -57,12 +58,12 @@ pub fn apply(root: &Root, step: &MountStep, at: (usize, Parent<'_>)) -> Result<O
             hierarchies,
             links,
             namespaced,
-        } => cgroup_v1(root, step, hierarchies, links, *namespaced),
+        } => cgroup::v1(root, step, hierarchies, links, *namespaced),
         MountKind::CgroupV2 {
             directory,
             mountpoint,
             namespaced,
-        } => cgroup_v2(root, step, directory, mountpoint, *namespaced),
+        } => cgroup::v2(root, step, directory, mountpoint, *namespaced),
     }
     .map(|()| None)
     .map_err(wrap)
@@ -322,91 +323,4 @@ fn legacy(root: &Root, step: &MountStep, mount: &Legacy<'_>) -> Result<()> {
         set_propagation(mounted.as_fd(), *propagation)?;
     }
     Ok(())
-}
-
-fn cgroup_v1(
-    root: &Root,
-    step: &MountStep,
-    hierarchies: &[V1Hierarchy],
-    links: &[(CString, CString)],
-    namespaced: bool,
-) -> Result<()> {
-    let target = root.mount_target(&step.target, TargetType::Directory)?;
-    refuse_proc(&target, step)?;
-    let plain = Attributes {
-        set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC,
-        clear: 0,
-    };
-    let mode = [(c"mode".to_owned(), Some(c"755".to_owned()))];
-    let tmpfs = detached(c"tmpfs", c"tmpfs", &mode, plain)?;
-    for hierarchy in hierarchies {
-        rustix::fs::mkdirat(&tmpfs, &hierarchy.name, Mode::from_raw_mode(0o755))
-            .map_err(|error| at("mkdirat", &hierarchy.name, error))?;
-    }
-    for (link, name) in links {
-        match rustix::fs::symlinkat(name, &tmpfs, link) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(at("symlinkat", link, error)),
-        }
-    }
-    // A mount can be moved below an attached mount only (before Linux 6.15).
-    finish(&tmpfs, &target, step)?;
-    let attributes = Attributes {
-        set: step.attributes.set | plain.set,
-        clear: 0,
-    };
-    for hierarchy in hierarchies {
-        let place = rustix::fs::openat(
-            &tmpfs,
-            &hierarchy.name,
-            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .map_err(|error| at("openat", &hierarchy.name, error))?;
-        let mount = if namespaced {
-            detached(c"cgroup", c"cgroup", &hierarchy.options, attributes)?
-        } else {
-            let tree = match clone_tree(&hierarchy.directory, false) {
-                Err(error) if error.errno() == Some(libc::ENOENT) => {
-                    clone_tree(&hierarchy.inherited, false)?
-                }
-                tree => tree?,
-            };
-            set_attributes(tree.as_fd(), attributes, false)?;
-            tree
-        };
-        attach(mount.as_fd(), place.as_fd())
-            .map_err(|error| at("move_mount", &hierarchy.name, error))?;
-    }
-    set_attributes(tmpfs.as_fd(), attributes, false)
-}
-
-fn cgroup_v2(
-    root: &Root,
-    step: &MountStep,
-    directory: &CStr,
-    mountpoint: &CStr,
-    namespaced: bool,
-) -> Result<()> {
-    let target = root.mount_target(&step.target, TargetType::Directory)?;
-    refuse_proc(&target, step)?;
-    let bind = |path: &CStr| -> Result<OwnedFd> {
-        let tree = clone_tree(path, false)?;
-        set_attributes(tree.as_fd(), step.attributes, false)?;
-        Ok(tree)
-    };
-    let mount = if namespaced {
-        match detached(c"cgroup2", c"cgroup", &[], step.attributes) {
-            // In a user namespace whose cgroup namespace is another's.
-            Err(error) if matches!(error.errno(), Some(libc::EPERM | libc::EBUSY)) => {
-                bind(directory)?
-            }
-            mount => mount?,
-        }
-    } else {
-        // A new mount from the host's cgroup namespace would reset nsdelegate and
-        // memory_recursiveprot for the whole host (kernel: apply_cgroup_root_flags).
-        bind(mountpoint)?
-    };
-    finish(&mount, &target, step)
 }

@@ -3,6 +3,7 @@
 //! Pure: a checked spec and facts about the host go in, C strings, flags and numbers come out. The
 //! child that walks a plan looks nothing up and parses nothing.
 
+mod cgroup_mounts;
 pub mod devices;
 pub mod memory_policy;
 pub mod mounts;

@@ -4,12 +4,10 @@ use std::ffi::{CStr, CString};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use coracle_oci::record::CgroupRecord;
-use coracle_oci::spec::{LinuxIdMapping, LinuxNamespaceType as Kind, Mount};
+use coracle_oci::spec::{LinuxIdMapping, Mount};
 
 use super::options::{self, Attributes, FlagChange, Options};
 use super::{Input, NamespacePlan, c_string, relative};
-use crate::cgroup::{CgroupMode, Hierarchy};
 use crate::error::{Error, Result};
 
 /// One mount.
@@ -148,7 +146,7 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
             "tmpfs" => MountKind::Fs(filesystem(c"tmpfs", mount, &parsed, namespaces)?),
             "devpts" => MountKind::Fs(filesystem(c"devpts", mount, &parsed, namespaces)?),
             "mqueue" => MountKind::Fs(filesystem(c"mqueue", mount, &parsed, namespaces)?),
-            "cgroup" | "cgroup2" => cgroup(input)?,
+            "cgroup" | "cgroup2" => super::cgroup_mounts::plan(input)?,
             other => legacy(other, mount, &parsed)?,
         }
     };
@@ -174,16 +172,19 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
         MountKind::Fs(source) => source.fstype == c"tmpfs" || clean(mount.destination()) == "dev",
         _ => false,
     };
-    let late_read_only = filled && attributes.set & libc::MOUNT_ATTR_RDONLY != 0;
+    let mut recursive_attributes = parsed.recursive_attributes;
+    let asked = attributes.set | recursive_attributes.set;
+    let late_read_only = filled && asked & libc::MOUNT_ATTR_RDONLY != 0;
     if late_read_only {
         attributes.set &= !libc::MOUNT_ATTR_RDONLY;
+        recursive_attributes.set &= !libc::MOUNT_ATTR_RDONLY;
     }
     Ok(MountStep {
         destination,
         target,
         kind,
         attributes,
-        recursive_attributes: parsed.recursive_attributes,
+        recursive_attributes,
         propagation: parsed.propagation,
         late_read_only,
     })
@@ -339,78 +340,6 @@ fn legacy(fstype: &str, mount: &Mount, parsed: &Options) -> Result<MountKind> {
         flags: parsed.flags,
         data: c_string("mounts.options", parsed.data.join(",").as_bytes())?,
     })
-}
-
-fn cgroup(input: &Input<'_>) -> Result<MountKind> {
-    let path = |path: &Path| c_string("cgroup", path.as_os_str().as_bytes());
-    match (&input.host.cgroup, input.cgroup) {
-        (CgroupMode::V2 { mountpoint, own }, record) => {
-            let directory = match record {
-                CgroupRecord::V2 { path, .. } => path.clone(),
-                _ => mountpoint.join(own.strip_prefix("/").unwrap_or(own)),
-            };
-            Ok(MountKind::CgroupV2 {
-                directory: path(&directory)?,
-                mountpoint: path(mountpoint)?,
-                namespaced: input.spec.namespaces().has(Kind::Cgroup),
-            })
-        }
-        (CgroupMode::V1 { hierarchies, .. }, record) => {
-            let own = match record {
-                CgroupRecord::V1 { paths, .. } => Some(paths),
-                _ => None,
-            };
-            let mut mounts = Vec::new();
-            let mut links = Vec::new();
-            for hierarchy in hierarchies {
-                let directory = own
-                    .and_then(|paths| paths.get(&hierarchy.key()).cloned())
-                    .unwrap_or_else(|| hierarchy.own_dir());
-                let name = hierarchy
-                    .mountpoint
-                    .file_name()
-                    .unwrap_or_default()
-                    .as_bytes();
-                let name = c_string("cgroup", name)?;
-                // Co-mounted controllers are found by their single names too: cpu -> cpu,cpuacct.
-                for controller in &hierarchy.controllers {
-                    if !controller.starts_with("name=") && controller.as_bytes() != name.as_bytes()
-                    {
-                        links.push((c_string("cgroup", controller.as_bytes())?, name.clone()));
-                    }
-                }
-                mounts.push(V1Hierarchy {
-                    options: v1_options(hierarchy)?,
-                    directory: path(&directory)?,
-                    inherited: path(&hierarchy.own_dir())?,
-                    name,
-                });
-            }
-            Ok(MountKind::CgroupV1 {
-                hierarchies: mounts,
-                links,
-                namespaced: input.spec.namespaces().has(Kind::Cgroup),
-            })
-        }
-    }
-}
-
-/// A named hierarchy has no controllers, which the kernel wants said: "none,name=systemd".
-fn v1_options(hierarchy: &Hierarchy) -> Result<Vec<(CString, Option<CString>)>> {
-    let mut list = Vec::new();
-    for controller in &hierarchy.controllers {
-        match controller.strip_prefix("name=") {
-            Some(name) => {
-                list.push((c"none".to_owned(), None));
-                list.push((
-                    c"name".to_owned(),
-                    Some(c_string("cgroup", name.as_bytes())?),
-                ));
-            }
-            None => list.push((c_string("cgroup", controller.as_bytes())?, None)),
-        }
-    }
-    Ok(list)
 }
 
 #[cfg(test)]
