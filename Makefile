@@ -11,6 +11,7 @@ RELEASE          := $(CARGO_TARGET_DIR)/$(TARGET)/release
 OUT              := $(CARGO_TARGET_DIR)/release
 CORACLE_COMMIT   ?= $(shell git describe --always --dirty --abbrev=40 2>/dev/null)
 DESTDIR          ?=
+FUZZ_SECONDS     ?= 30
 PREFIX           ?= /usr/local
 
 BINARIES := coracle containerd-shim-coracle-v2 coracled
@@ -21,7 +22,7 @@ BIN_DIR  := $(abspath $(OUT))
 RUN_ENV  := CORACLE_CACHE="$(CORACLE_CACHE)" CORACLE_BIN_DIR="$(BIN_DIR)"
 
 .PHONY: help build tools man completions run test test-host test-vm bench check install clean deps \
-    check-format check-lints check-units check-architecture check-dependencies
+    check-format check-lints check-units check-architecture check-dependencies fuzz
 
 help:
 	@echo 'make build     release binaries in $(OUT)'
@@ -30,6 +31,7 @@ help:
 	@echo 'make test-vm   those that need cgroup v2, systemd, AppArmor or CRIU, in a guest'
 	@echo 'make bench     measurements against runc, crun and containerd, in $(CARGO_TARGET_DIR)/bench'
 	@echo 'make check     format, lints, unit tests, architecture, licences'
+	@echo 'make fuzz      the fuzz targets of the runtime, FUZZ_SECONDS (30) each'
 	@echo 'make man       manual pages in $(OUT)/man; make completions: for bash, zsh and fish'
 	@echo 'make install   binaries, systemd unit, manual and completions under DESTDIR and PREFIX'
 	@echo 'make deps      what run, test and bench need: packages by apt, Go tools in the cache'
@@ -80,7 +82,7 @@ bench: deps build tools
 	@$(RUN_ENV) $(OUT)/bench --out $(CARGO_TARGET_DIR)/bench $(BENCH_ARGS)
 
 # Apart, so that `make -k check` says all that is wrong at once.
-check: check-format check-lints check-units check-architecture check-dependencies
+check: check-format check-lints check-units check-architecture check-dependencies fuzz
 
 check-format:
 	$(CARGO) fmt --all -- --check
@@ -96,6 +98,10 @@ check-architecture:
 
 check-dependencies:
 	@CORACLE_CACHE="$(CORACLE_CACHE)" .ci/deny
+
+# Every fuzz target of runtime/fuzz, FUZZ_SECONDS each.
+fuzz:
+	@CORACLE_CACHE="$(CORACLE_CACHE)" FUZZ_SECONDS="$(FUZZ_SECONDS)" .ci/fuzz
 
 install: build man completions
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system
