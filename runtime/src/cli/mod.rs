@@ -211,7 +211,8 @@ pub fn main(argv: Vec<OsString>) -> ExitCode {
     let global = match global.resolve() {
         Ok(global) => global,
         Err(error) => {
-            log::fatal(&GlobalArgs::log_flags_of(&argv), &format!("{error:#}"));
+            // There is no log yet but stderr.
+            log::fatal(&GlobalArgs::log_flags_of(&[]), &format!("{error:#}"));
             return ExitCode::FAILURE;
         }
     };
