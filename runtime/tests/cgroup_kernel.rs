@@ -363,7 +363,7 @@ fn refused_update_changes_nothing() {
         say_skipped("refused_update_changes_nothing: not a v1 host");
         return;
     }
-    let made = Made::new("refused", &json!({"cpu": {"shares": 100}}));
+    let made = Made::new("rollback", &json!({"cpu": {"shares": 100}}));
     made.cgroup.apply_limits(&made.plan).unwrap();
     let files = [
         ("memory", "memory.limit_in_bytes"),

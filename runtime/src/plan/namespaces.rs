@@ -35,7 +35,7 @@ pub struct NamespacePlan {
     pub clone_flags: u64,
     /// Unshared by the child once it is in its cgroup: the namespace's root is where it stands.
     pub new_cgroup: bool,
-    /// Somebody else puts the child into its cgroup, after the clone.
+    /// Somebody else makes the child's cgroup and puts it there, after the clone.
     pub late_cgroup: bool,
     pub new_time: bool,
     /// Unshared by the child, too: the root of its mqueue belongs to who makes the namespace, and
@@ -116,9 +116,10 @@ impl NamespacePlan {
         self.has_user() && !self.joins.is_empty()
     }
 
-    /// Whether the child has to be told to go on before it enters its last namespaces.
+    /// Whether the child has to be told to go on before it enters its last namespaces and mounts
+    /// anything: its cgroup namespace begins, and its cgroup mount ends, in a cgroup that is there.
     pub fn waits(&self) -> bool {
-        self.waits_for_maps() || (self.new_cgroup && self.late_cgroup)
+        self.waits_for_maps() || self.late_cgroup
     }
 
     /// Whether the child may go on before the parent has written the id maps.
