@@ -35,10 +35,9 @@ const FOLDERS: &[&str] = &[
     "shim",
 ];
 
-/// What the runtime's start path must never link: async runtimes, protobuf, networks.
+/// What the runtime must never link: async runtimes, networks. (prost alone is for CRIU's protocol.)
 const NEVER_IN_RUNTIME: &[&str] = &[
     "tokio",
-    "prost",
     "prost-types",
     "tonic",
     "reqwest",

@@ -18,6 +18,7 @@ pub mod bundle;
 pub mod cgroup;
 pub mod cli;
 pub mod console;
+pub mod criu;
 pub mod error;
 pub mod hooks;
 pub mod host;

@@ -4,6 +4,7 @@
 //! commands there are, what each adds to an error's text and which exit code it fails with.
 
 pub mod args;
+pub mod checkpoint;
 pub mod create;
 pub mod delete;
 pub mod events;
@@ -18,6 +19,7 @@ pub mod pause;
 pub mod pod_init;
 pub mod ps;
 mod resources;
+pub mod restore;
 pub mod resume;
 mod root;
 pub mod run;
@@ -39,7 +41,7 @@ pub use args::{GlobalArgs, LogFormat, Rootless};
 
 use line::{Line, Usage};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::log;
 
 /// The newest OCI runtime-spec whose configs are understood.
@@ -67,10 +69,9 @@ struct CommandLine {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// checkpoint a running container (not supported yet)
+    /// checkpoint a running container
     #[command(long_about = texts::CHECKPOINT)]
-    #[command(disable_help_flag = true)]
-    Checkpoint(NotServed),
+    Checkpoint(checkpoint::Args),
     /// create a container
     #[command(long_about = texts::CREATE)]
     Create(create::Args),
@@ -101,10 +102,9 @@ enum Command {
     /// ps displays the processes running inside a container
     #[command(long_about = texts::PS)]
     Ps(ps::Args),
-    /// restore a container from a previous checkpoint (not supported yet)
+    /// restore a container from a previous checkpoint
     #[command(long_about = texts::RESTORE)]
-    #[command(disable_help_flag = true)]
-    Restore(NotServed),
+    Restore(restore::Args),
     /// resumes all processes that have been previously paused
     #[command(long_about = texts::RESUME)]
     Resume(resume::Args),
@@ -125,17 +125,10 @@ enum Command {
     Update(update::Args),
 }
 
-/// Takes whatever follows, so that the refusal names the command and not one of its flags.
-#[derive(Debug, clap::Args)]
-struct NotServed {
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
-    _rest: Vec<OsString>,
-}
-
 impl Command {
     fn run(&self, global: &GlobalArgs) -> Result<ExitCode> {
         match self {
-            Self::Checkpoint(_) => Err(not_served("checkpoint")),
+            Self::Checkpoint(args) => checkpoint::run(args, global),
             Self::Create(args) => create::run(args, global),
             Self::Delete(args) => delete::run(args, global),
             Self::Events(args) => events::run(args, global),
@@ -146,7 +139,7 @@ impl Command {
             Self::Pause(args) => pause::run(args, global),
             Self::PodInit(args) => pod_init::run(args, global),
             Self::Ps(args) => ps::run(args, global),
-            Self::Restore(_) => Err(not_served("restore")),
+            Self::Restore(args) => restore::run(args, global),
             Self::Resume(args) => resume::run(args, global),
             Self::Run(args) => run::run(args, global),
             Self::Spec(args) => spec::run(args, global),
@@ -165,12 +158,6 @@ impl Command {
             _ => (None, 1),
         }
     }
-}
-
-fn not_served(command: &'static str) -> Error {
-    Error::unsupported(format!(
-        "{command} is not supported by this version of coracle"
-    ))
 }
 
 /// The name that this program was called by, which is runc's where coracle stands in for it.
@@ -386,7 +373,16 @@ mod tests {
             "coracle spec --rootless -b /b",
             "coracle features",
             "coracle checkpoint --image-path /x --leave-running id",
+            "coracle checkpoint --work-path /w --parent-path ../p --tcp-established \
+             --tcp-skip-in-flight --link-remap --ext-unix-sk --shell-job --lazy-pages \
+             --status-fd 3 --page-server 1.2.3.4:5 --file-locks --pre-dump \
+             --manage-cgroups-mode ignore --empty-ns network --auto-dedup id",
+            "coracle checkpoint --status-fd -1 id",
             "coracle restore --image-path /x -d id",
+            "coracle restore --console-socket /c --work-path /w --tcp-established --ext-unix-sk \
+             --shell-job --file-locks --manage-cgroups-mode=soft -b /b --detach --pid-file /p \
+             --no-subreaper --no-pivot --empty-ns network --auto-dedup --lazy-pages \
+             --lsm-profile apparmor:x --lsm-mount-context c id",
             "coracle pod-init",
         ] {
             parsed(line);
@@ -464,15 +460,5 @@ mod tests {
         let text = help::text(&definitions(), None, "runc");
         assert!(text.starts_with("NAME:\n   runc - Open Container Initiative runtime\n\n"));
         assert!(text.contains("\n   --help, -h           show help\n   --version, -v "));
-    }
-
-    #[test]
-    fn commands_not_served_say_so() {
-        let (global, command) = parsed("coracle checkpoint --pre-dump id");
-        let error = command.run(&global).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "checkpoint is not supported by this version of coracle"
-        );
     }
 }

@@ -85,7 +85,7 @@ fn begin(launched: &Launched, global: &GlobalArgs, detached: bool) -> Result<Opt
 }
 
 /// Without a pid namespace the container's orphans come to us, and have to be reaped.
-fn become_subreaper() -> Result<()> {
+pub(super) fn become_subreaper() -> Result<()> {
     let on = rustix::process::Pid::INIT;
     rustix::process::set_child_subreaper(Some(on))
         .map_err(|error| Error::system("prctl(PR_SET_CHILD_SUBREAPER)", "", error))

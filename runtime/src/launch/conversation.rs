@@ -111,23 +111,11 @@ impl<'a> Conversation<'a> {
         .map_err(|error| error.context("error opening mount source"))
     }
 
-    #[allow(deprecated)]
     fn run_hooks(&self) -> Result<()> {
         let Some((hooks, cwd)) = self.hooks else {
             return Ok(());
         };
-        for (point, list) in [
-            ("prestart", hooks.prestart()),
-            ("createRuntime", hooks.create_runtime()),
-        ] {
-            hooks::run(
-                point,
-                list.as_deref().unwrap_or_default(),
-                self.state,
-                Some(cwd),
-            )?;
-        }
-        Ok(())
+        runtime_hooks(hooks, self.state, cwd)
     }
 
     /// runc's words for a failure inside the container's init; those of a program, and of an exec
@@ -139,3 +127,19 @@ impl<'a> Conversation<'a> {
         error.context("error during container init")
     }
 }
+
+/// The hooks that run in the runtime's namespaces once the container's stand.
+///
+/// # Errors
+/// Those of the first that fails.
+#[allow(deprecated)]
+pub fn runtime_hooks(hooks: &Hooks, state: &State, cwd: &Path) -> Result<()> {
+    for (point, list) in [
+        ("prestart", hooks.prestart()),
+        ("createRuntime", hooks.create_runtime()),
+    ] {
+        hooks::run(point, list.as_deref().unwrap_or_default(), state, Some(cwd))?;
+    }
+    Ok(())
+}
+

@@ -23,7 +23,7 @@ mod rtnetlink;
 mod seccomp_agent;
 mod sources;
 mod stage;
-mod undo;
+pub mod undo;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -55,7 +55,10 @@ use sources::Sources;
 use undo::Undo;
 
 pub use clone::clone;
-pub use conversation::{Conversation, Goal};
+pub use conversation::{Conversation, Goal, runtime_hooks};
+
+/// Around every error from the first side effect on, for `create` and `run`.
+const NOT_STARTED: &str = "unable to start container process";
 
 /// What `create` and `run` ask for.
 #[derive(Debug)]
@@ -86,19 +89,32 @@ pub struct Launched {
 }
 
 /// Everything that is decided before the first side effect.
-struct Prepared {
+pub(crate) struct Prepared {
     host: HostFacts,
-    plan: Plan,
-    cgroup_plan: CgroupPlan,
+    pub plan: Plan,
+    pub cgroup_plan: CgroupPlan,
     /// Who makes the cgroup, with the systemd driver.
-    systemd: Option<Manager>,
-    resctrl: Option<Resctrl>,
-    state: State,
-    record: ContainerRecord,
+    pub systemd: Option<Manager>,
+    pub resctrl: Option<Resctrl>,
+    pub state: State,
+    pub record: ContainerRecord,
     host_root: Option<HostRoot>,
-    console: Option<ConsoleSocket>,
+    pub console: Option<ConsoleSocket>,
     pidfd_socket: Option<ConsoleSocket>,
-    config: Vec<u8>,
+    pub config: Vec<u8>,
+}
+
+impl Prepared {
+    pub fn intent(&self) -> IntentRecord {
+        IntentRecord {
+            id: self.record.id.clone(),
+            bundle: self.record.bundle.clone(),
+            cgroup: self.record.cgroup.clone(),
+            pids: Vec::new(),
+            mounts: self.record.mounts.clone(),
+            resctrl: self.record.resctrl.clone(),
+        }
+    }
 }
 
 /// Makes the container.
@@ -110,27 +126,22 @@ pub fn launch(request: Request<'_>) -> Result<Launched> {
     let global = request.global;
     let store = Store::open(&request.global.root);
     let prepared = prepare(request)?;
-    let intent = store.begin(&IntentRecord {
-        id: prepared.record.id.clone(),
-        bundle: prepared.record.bundle.clone(),
-        cgroup: prepared.record.cgroup.clone(),
-        pids: Vec::new(),
-        mounts: prepared.record.mounts.clone(),
-        resctrl: prepared.record.resctrl.clone(),
-    })?;
+    let intent = store.begin(&prepared.intent())?;
     let mut undo = Undo::default();
     if notify::host().is_some()
         && let Err(error) = notify::make_directory(intent.entry())
     {
-        return Err(undo.run(intent, error));
+        return Err(undo.run(intent, error.context(NOT_STARTED)));
     }
     match start(prepared, &intent, &mut undo, (global, pid_file.as_deref())) {
         Ok(started) => Ok(started.with_entry(intent.finish())),
-        Err(error) => Err(undo.run(intent, error)),
+        Err(error) => Err(undo.run(intent, error.context(NOT_STARTED))),
     }
 }
 
-fn prepare(request: Request<'_>) -> Result<Prepared> {
+/// # Errors
+/// The config, the command line or the host does not allow it. Nothing has happened yet.
+pub(crate) fn prepare(request: Request<'_>) -> Result<Prepared> {
     let host = HostFacts::probe()?;
     let spec = CheckedSpec::check(&request.bundle.config, &host)?;
     let config = spec.spec();
@@ -668,7 +679,7 @@ impl Launched {
 
     /// Takes the container back after it did not get there. The error with those of the undoing.
     pub fn give_up(&self, error: Error) -> Error {
-        let error = error.context("unable to start container process");
+        let error = error.context(NOT_STARTED);
         match self.end().and_then(|()| self.destroy()) {
             Ok(()) => error,
             Err(undo) => Error::new(error.kind(), format!("{error:#} (undo: {undo:#})"), ""),

@@ -68,7 +68,7 @@ impl Undo {
             state.status = Status::Stopped;
             failures.note(hooks::run("poststop", &list, &state, None));
         }
-        failures.join(error.context("unable to start container process"))
+        failures.join(error)
     }
 }
 

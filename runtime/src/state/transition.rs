@@ -19,6 +19,7 @@ pub enum Request {
     Pause,
     Resume,
     Update,
+    Checkpoint,
     Delete {
         force: bool,
     },
@@ -43,6 +44,7 @@ pub enum Reason {
     ExecStopped,
     ExecPaused,
     ExecCreating,
+    CheckpointIn(Status),
     DeleteUnstopped(Status),
 }
 
@@ -60,6 +62,9 @@ impl Reason {
                 "cannot exec in a paused container (use --ignore-paused to override)".to_owned()
             }
             Reason::ExecCreating => "cannot exec in a container that is being created".to_owned(),
+            Reason::CheckpointIn(status) => {
+                format!("container cannot be checkpointed in {status} state")
+            }
             Reason::DeleteUnstopped(status) => {
                 format!("cannot delete container {id} that is not stopped: {status}")
             }
@@ -107,6 +112,9 @@ pub fn decide(status: Status, request: Request) -> Decision {
 
         (Request::Update, Created | Running | Paused) => Do,
         (Request::Update, Creating | Stopped) => Deny(Reason::NotRunning),
+
+        (Request::Checkpoint, Running | Paused) => Do,
+        (Request::Checkpoint, Creating | Created | Stopped) => Deny(Reason::CheckpointIn(status)),
 
         (Request::Delete { force: true }, Creating | Created | Running | Paused | Stopped) => Do,
         (Request::Delete { force: false }, Created | Stopped) => Do,
@@ -205,6 +213,16 @@ mod tests {
                     Do,
                     Do,
                     Deny(Reason::NotRunning),
+                ],
+            ),
+            (
+                Request::Checkpoint,
+                [
+                    Deny(Reason::CheckpointIn(Creating)),
+                    Deny(Reason::CheckpointIn(Created)),
+                    Do,
+                    Do,
+                    Deny(Reason::CheckpointIn(Stopped)),
                 ],
             ),
             (Request::Delete { force: true }, [Do; 5]),
