@@ -9,7 +9,8 @@ use coracle_oci::spec::LinuxNamespaceType;
 use super::rpc::{self, Features, Notify, PageServer, Request, RequestType};
 use super::swrk::{Criu, Notified, Swrk};
 use super::{Directories, EXTERNAL_NETWORK, EXTERNAL_PID, OLDEST, Options};
-use super::{config_file, descriptors, make_directory, mounts, namespace_key, quote};
+use super::{config_file, descriptors, make_directory, mounts, namespace_key};
+use super::{need_mount_namespace, quote};
 use crate::cli::GlobalArgs;
 use crate::error::{Error, Result};
 use crate::host::HostFacts;
@@ -53,6 +54,7 @@ pub fn checkpoint(
     make_directory(&options.images)?;
     let directories = Directories::open(options, "dump.log")?;
     let plan = plan(container)?;
+    need_mount_namespace(&plan)?;
     let mut opts = directories.options(options);
     describe(&mut opts, &container.record, &extra);
     external_namespaces(&mut opts, &plan, criu)?;

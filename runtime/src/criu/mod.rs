@@ -20,10 +20,12 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use coracle_oci::spec::LinuxNamespaceType;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::plan::{Plan, namespace_flag};
 
 /// CRIU 3.0 answers for its version, and before 3.11 it knows no configuration files.
 const OLDEST: i32 = 30_000;
@@ -163,6 +165,25 @@ fn config_file(annotations: &BTreeMap<String, String>) -> Option<String> {
         false => "/etc/criu/runc.conf",
     };
     Some(file.to_owned())
+}
+
+/// CRIU would take the mounts of the host for the container's.
+///
+/// # Errors
+/// The container has no mount namespace but the host's.
+fn need_mount_namespace(plan: &Plan) -> Result<()> {
+    let flag = namespace_flag(LinuxNamespaceType::Mount);
+    let joins = plan
+        .namespaces
+        .joins
+        .iter()
+        .any(|join| join.kind == LinuxNamespaceType::Mount);
+    match joins || plan.namespaces.clone_flags & flag != 0 {
+        true => Ok(()),
+        false => Err(Error::unsupported(
+            "criu cannot take a container in the mount namespace of the host",
+        )),
+    }
 }
 
 /// The name by which an external namespace is known in the images.

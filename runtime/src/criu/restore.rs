@@ -18,7 +18,8 @@ use rustix::fs::{Mode, OFlags};
 use super::rpc::{self, CgroupRoot, InheritFd, JoinNamespace, Notify, Request, RequestType};
 use super::swrk::{Criu, Notified, Swrk};
 use super::{Directories, EXTERNAL_NETWORK, EXTERNAL_PID, OLDEST, Options};
-use super::{config_file, descriptors, mounts, namespace_key, quote, root};
+use super::{config_file, descriptors, mounts, namespace_key};
+use super::{need_mount_namespace, quote, root};
 use crate::cgroup::Cgroup;
 use crate::cli::GlobalArgs;
 use crate::console::ConsoleSocket;
@@ -86,6 +87,7 @@ pub fn restore(request: launch::Request<'_>, options: &Options, extra: &Extra) -
     labels(&mut opts, extra, criu)?;
     opts.inherit_fd = descriptors::read(&directories.images)?;
     let prepared = launch::prepare(request)?;
+    need_mount_namespace(&prepared.plan)?;
     opts.config_file = config_file(&prepared.record.annotations);
     let files = namespaces(&mut opts, &prepared.plan, criu)?;
 

@@ -172,6 +172,51 @@ pub fn mount_console(root: &Root, slave: &OwnedFd) -> Result<()> {
     attach(tree.as_fd(), target.as_fd()).map_err(|error| at("move_mount", c"dev/console", error))
 }
 
+/// Where stdio is the null device, makes it the container's own: the host's node is on a file
+/// system that the container does not have, which is in the way of a checkpoint, and of access
+/// rules that go by labels.
+pub fn own_null(root: &Root) -> Result<()> {
+    let is_null = |stat: &rustix::fs::Stat| {
+        FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+            && stat.st_rdev == rustix::fs::makedev(1, 3)
+    };
+    let mut own = None;
+    for number in 0..3 {
+        let stdio = match number {
+            0 => rustix::stdio::stdin(),
+            1 => rustix::stdio::stdout(),
+            _ => rustix::stdio::stderr(),
+        };
+        // A closed one stays closed.
+        if !rustix::fs::fstat(stdio).is_ok_and(|stat| is_null(&stat)) {
+            continue;
+        }
+        let null = match &own {
+            Some(null) => null,
+            None => {
+                let null = root
+                    .open(c"dev/null", OFlags::RDWR)
+                    .map_err(|error| at("openat2", c"dev/null", error))?;
+                let stat =
+                    rustix::fs::fstat(&null).map_err(|error| at("fstat", c"dev/null", error))?;
+                if !is_null(&stat) {
+                    return Err(Error::invalid(
+                        "the container's /dev/null is not the null device",
+                    ));
+                }
+                own.insert(null)
+            }
+        };
+        match number {
+            0 => rustix::stdio::dup2_stdin(null),
+            1 => rustix::stdio::dup2_stdout(null),
+            _ => rustix::stdio::dup2_stderr(null),
+        }
+        .map_err(|error| at("dup2", c"dev/null", error))?;
+    }
+    Ok(())
+}
+
 /// The host's /dev/null as a detached mount, for masking files. It is checked: a /dev that some
 /// one has tampered with must not become what covers a secret (CVE-2025-31133).
 pub fn null_mount() -> Result<OwnedFd> {

@@ -135,6 +135,8 @@ fn steps(child: &mut Inheritance<'_>) -> Result<Never> {
         let pty = open_console(&root, process, child.channel)?;
         device::mount_console(&root, &pty)?;
         console::take(&pty)?;
+    } else if plan.dev.setup {
+        device::own_null(&root)?;
     }
     make_cwd(&root, process)?;
     rootfs::make_read_only(&root, plan)?;
