@@ -49,6 +49,26 @@ fn task_runs_and_leaves_nothing() {
 }
 
 #[test]
+fn task_from_images_that_cannot_be_restored_can_be_deleted() {
+    let Some(mut pod) = Pod::new("images") else {
+        return;
+    };
+    let mut request = pod.request("a", &pod.config("a", "sleep 100"));
+    request.checkpoint = pod.dir.join("images").display().to_string();
+    // Nothing runs before the start.
+    assert_eq!(pod.create(&request).unwrap(), 0);
+    assert_eq!(pod.state("a").unwrap().pid, 0);
+    for text in ["OCI runtime restore failed: ", "restore has failed before"] {
+        let error = pod.start("a", "").unwrap_err();
+        assert!(error.message.contains(text), "{error:?}");
+    }
+    let deleted = pod.delete("a", "").unwrap();
+    assert_eq!((deleted.pid, deleted.exit_status), (0, 0));
+    assert_eq!(pod.state("a").unwrap_err().code, 5);
+    pod.shutdown();
+}
+
+#[test]
 fn wrong_requests_are_refused_by_name_and_leave_nothing() {
     let Some(mut pod) = Pod::new("wrong") else {
         return;
@@ -70,9 +90,7 @@ fn wrong_requests_are_refused_by_name_and_leave_nothing() {
         (3, "foo.Bar", &|r| {
             r.options.as_mut().unwrap().type_url = "foo.Bar".into()
         }),
-        (12, "/some/checkpoint", &|r| {
-            r.checkpoint = "/some/checkpoint".into()
-        }),
+        (3, "some/images", &|r| r.checkpoint = "some/images".into()),
         (3, "ftp://x", &|r| r.stdout = "ftp://x".into()),
         (3, "no descriptor", &|r| r.stdout = "fd:".into()),
         (13, "/nonexistent/log", &|r| {

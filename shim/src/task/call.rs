@@ -10,6 +10,7 @@ use crate::runtime_cli::Call;
 use crate::service::Reply;
 use crate::supervisor::{Supervisor, empty};
 
+use super::checkpoint::Made;
 use super::state::State;
 use crate::console::ConsoleSocket;
 use crate::events::Event;
@@ -28,7 +29,10 @@ pub enum Job {
     Kill,
     Update,
     Checkpoint {
-        path: String,
+        made: Made,
+    },
+    Restore {
+        console: Option<ConsoleSocket>,
     },
     Delete {
         force: bool,
@@ -48,7 +52,10 @@ pub struct Running {
 
 impl Running {
     pub fn may_tell_a_pid(&self) -> bool {
-        matches!(self.job, Job::Create { .. } | Job::Exec { .. })
+        matches!(
+            self.job,
+            Job::Create { .. } | Job::Exec { .. } | Job::Restore { .. }
+        )
     }
 }
 
@@ -127,20 +134,8 @@ impl Supervisor {
                     |text| Error::new(Kind::Runtime, "OCI runtime update failed", "").source(text);
                 self.tell(reply, result.map_err(failed));
             }
-            Job::Checkpoint { path } => {
-                if result.is_ok() {
-                    let container_id = id.task.clone();
-                    let event = ev::TaskCheckpointed {
-                        container_id,
-                        checkpoint: path,
-                    };
-                    self.publish(&Event::Checkpointed(event));
-                }
-                let failed = |text| {
-                    Error::new(Kind::Runtime, "OCI runtime checkpoint failed", "").source(text)
-                };
-                self.tell(reply, result.map_err(failed));
-            }
+            Job::Checkpoint { made } => self.checkpoint_ended(&id, &made, reply, result),
+            Job::Restore { console } => self.restore_ended(&id, console, reply, result),
             Job::CleanUp { error } => {
                 let left = result.err().filter(|text| !is_absent(text));
                 if let Some(text) = left {

@@ -115,10 +115,9 @@ impl Supervisor {
         }
         let options = crate::options::parse(r.options.as_ref())?;
         let runtime = Runtime::new(&options, &self.config.namespace)?;
-        if !r.checkpoint.is_empty() {
+        if !r.checkpoint.is_empty() && !Path::new(&r.checkpoint).is_absolute() {
             return Err(
-                Error::new(Kind::Unsupported, "create from checkpoint", &r.checkpoint)
-                    .source("restore is not supported by this shim"),
+                Error::new(Kind::Invalid, "checkpoint", &r.checkpoint).source("not absolute")
             );
         }
         let wanted = Wanted::parse(&r.stdin, &r.stdout, &r.stderr, r.terminal)?;
@@ -161,9 +160,14 @@ impl Supervisor {
             cgroup: Cgroup::default(),
             shared_pids,
             oom_killed: false,
+            images: None,
             mounted: !r.rootfs.is_empty(),
         };
         self.tasks.insert(r.id.clone(), task);
+        if !r.checkpoint.is_empty() {
+            self.created_from_images(&id, r, (ends, console), reply);
+            return Ok(());
+        }
         self.launch_when_ready(
             &id,
             Launch {
@@ -212,7 +216,9 @@ impl Supervisor {
             return;
         }
         let reply = launch.reply;
+        let restores = id.is_init() && self.task(id).is_ok_and(|task| task.images.is_some());
         let result = match id.is_init() {
+            true if restores => self.launch_restore(id, launch),
             true => self.launch_init(id, launch),
             false => self.launch_exec(id, launch),
         };
@@ -323,6 +329,18 @@ impl Supervisor {
     fn created(&mut self, id: &ProcessId, console: Option<ConsoleSocket>) -> Result<i32> {
         let pid = read_pid(&self.task(id)?.bundle.join("init.pid"))?;
         self.connect_io(id, console)?;
+        self.record_init(id, pid)?;
+        let Some(task) = self.tasks.get_mut(&id.task) else {
+            return Err(not_found("task", &id.task));
+        };
+        task.init.state = State::Created { pid: Some(pid) };
+        self.write_members()?;
+        self.publish_create(id, pid, String::new());
+        Ok(pid)
+    }
+
+    /// The init is there: what has to be known of it, in memory and on disk.
+    pub fn record_init(&mut self, id: &ProcessId, pid: i32) -> Result<()> {
         // An init that has ended already has no cgroup to tell.
         let cgroup = Cgroup::of(pid).unwrap_or_default();
         if let Err(e) = self.oom.add(&self.poll, &id.task, &cgroup) {
@@ -346,7 +364,14 @@ impl Supervisor {
         record
             .write(&task.bundle)
             .map_err(|e| Error::io("write shim.json", task.bundle.display().to_string(), e))?;
-        task.init.state = State::Created { pid: Some(pid) };
+        self.pids.insert(pid, id.clone());
+        Ok(())
+    }
+
+    pub fn publish_create(&mut self, id: &ProcessId, pid: i32, checkpoint: String) {
+        let Some(task) = self.tasks.get(&id.task) else {
+            return;
+        };
         let event = ev::TaskCreate {
             container_id: id.task.clone(),
             bundle: task.bundle.display().to_string(),
@@ -357,13 +382,10 @@ impl Supervisor {
                 stderr: task.init.names.stderr.clone(),
                 terminal: task.init.names.terminal,
             }),
-            checkpoint: String::new(),
+            checkpoint,
             pid: pid as u32,
         };
-        self.pids.insert(pid, id.clone());
-        self.write_members()?;
         self.publish(&Event::Create(event));
-        Ok(pid)
     }
 
     pub fn write_members(&self) -> Result<()> {
@@ -398,6 +420,9 @@ impl Supervisor {
         let Some(task) = self.tasks.get_mut(&id.task) else {
             return;
         };
+        if task.images.is_some() {
+            return self.restore_failed(id, reply, error);
+        }
         task.init.state = State::Creating;
         let parts = args(&["delete", "--force", &id.task]);
         match task.runtime.spawn(&parts, None, Vec::new()) {
@@ -450,6 +475,9 @@ impl Supervisor {
     }
 
     pub fn start(&mut self, id: &ProcessId, reply: Reply) {
+        if self.task(id).is_ok_and(|task| task.images.is_some()) {
+            return self.start_from_images(id, reply);
+        }
         let parts = args(&["start", &id.task]);
         if let Err(e) = self.call(id, Job::Start, Some(reply), &parts, Vec::new()) {
             return self.answer(reply, Err(e));

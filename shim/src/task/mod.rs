@@ -1,14 +1,16 @@
 //! Tasks (containers) and their processes.
 //!
-//! `state` decides purely; `owner` takes requests; `create`, `exec` and `exit` perform the steps
-//! that have phases; `call` holds the runtime calls under way.
+//! `state` decides purely; `owner` takes requests; `create`, `exec`, `exit`, `checkpoint` and
+//! `restore` perform the steps that have phases; `call` holds the runtime calls under way.
 //! Owns: everything the shim knows of a task in memory.
 
 pub mod call;
+pub mod checkpoint;
 pub mod create;
 pub mod exec;
 pub mod exit;
 pub mod owner;
+pub mod restore;
 pub mod state;
 
 use std::collections::BTreeMap;
@@ -66,6 +68,13 @@ pub struct Launch {
     pub reply: Reply,
 }
 
+/// A task that was created from images: nothing runs before its start.
+pub struct Images {
+    pub path: PathBuf,
+    /// Gone after the first attempt.
+    pub streams: Option<(ProcessEnds, Option<ConsoleSocket>)>,
+}
+
 pub struct Task {
     pub id: String,
     pub bundle: PathBuf,
@@ -78,6 +87,7 @@ pub struct Task {
     /// Other processes outlive init: its pid namespace is not the container's own.
     pub shared_pids: bool,
     pub oom_killed: bool,
+    pub images: Option<Images>,
     /// The daemon asked for mounts on <bundle>/rootfs.
     pub mounted: bool,
 }

@@ -75,6 +75,7 @@ impl Supervisor {
                     // It has not been reaped, so the pid is its own.
                     let _ = coracle_sys::spawn::kill(pid, 9);
                 }
+                None if id.is_init() => self.delete_unstarted(&id, reply),
                 None => self.delete_exec(&id, reply),
             },
         }
@@ -331,7 +332,7 @@ impl Supervisor {
         self.call_or_tell(id, Job::Kill, reply, &args(&parts), Vec::new());
     }
 
-    fn call_or_tell(
+    pub fn call_or_tell(
         &mut self,
         id: &ProcessId,
         job: Job,
@@ -385,62 +386,4 @@ impl Supervisor {
         parts.push((&id.task).into());
         self.call_or_tell(id, Job::Update, reply, &parts, vec![file]);
     }
-
-    fn checkpoint(&mut self, id: &ProcessId, r: &wire::CheckpointTaskRequest, reply: Reply) {
-        let parts = match checkpoint_args(r) {
-            Ok(parts) => parts,
-            Err(e) => return self.answer(reply, Err(e)),
-        };
-        let job = Job::Checkpoint {
-            path: r.path.clone(),
-        };
-        self.call_or_tell(id, job, reply, &parts, Vec::new());
-    }
-}
-
-fn checkpoint_args(r: &wire::CheckpointTaskRequest) -> Result<Vec<OsString>> {
-    let mut options = runc::CheckpointOptions::default();
-    if let Some(any) = r.options.as_ref().filter(|any| !any.value.is_empty()) {
-        if message_name(any) != "containerd.runc.v1.CheckpointOptions" {
-            return Err(Error::new(
-                Kind::Invalid,
-                "options of unknown type",
-                &any.type_url,
-            ));
-        }
-        options = prost::Message::decode(any.value.as_slice())
-            .map_err(|e| Error::new(Kind::Invalid, "options", &any.type_url).source(e))?;
-    }
-    let image = if options.image_path.is_empty() {
-        &r.path
-    } else {
-        &options.image_path
-    };
-    if image.is_empty() {
-        return Err(Error::new(Kind::Invalid, "checkpoint", &r.id).source("no image path"));
-    }
-    let mut parts = args(&["checkpoint", "--image-path", image]);
-    for (flag, value) in [
-        ("--work-path", &options.work_path),
-        ("--parent-path", &options.parent_path),
-        ("--manage-cgroups-mode", &options.cgroups_mode),
-    ] {
-        if !value.is_empty() {
-            parts.extend(args(&[flag, value]));
-        }
-    }
-    for (flag, on) in [
-        ("--leave-running", !options.exit),
-        ("--tcp-established", options.open_tcp),
-        ("--ext-unix-sk", options.external_unix_sockets),
-        ("--shell-job", options.terminal),
-        ("--file-locks", options.file_locks),
-    ] {
-        parts.extend(on.then(|| OsString::from(flag)));
-    }
-    for namespace in &options.empty_namespaces {
-        parts.extend(args(&["--empty-ns", namespace]));
-    }
-    parts.push((&r.id).into());
-    Ok(parts)
 }
