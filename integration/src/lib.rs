@@ -18,6 +18,7 @@
 pub mod binaries;
 pub mod bundle;
 pub mod crictl;
+pub mod criu;
 pub mod daemon;
 pub mod isolation;
 pub mod leak;
