@@ -162,8 +162,8 @@ fn external_namespaces(opts: &mut rpc::Options, plan: &Plan, criu: Criu) -> Resu
 fn freezer(cgroup: &CgroupRecord, criu: Criu) -> Option<String> {
     let path = match cgroup {
         CgroupRecord::None => None,
-        CgroupRecord::V2 { path } => criu.has(FREEZES_V2).then_some(path),
-        CgroupRecord::V1 { paths } => paths
+        CgroupRecord::V2 { path, .. } => criu.has(FREEZES_V2).then_some(path),
+        CgroupRecord::V1 { paths, .. } => paths
             .iter()
             .find(|(key, _)| key.split(',').any(|name| name == "freezer"))
             .map(|(_, path)| path),

@@ -219,6 +219,7 @@ impl Attempt<'_> {
         let Prepared {
             plan,
             cgroup_plan,
+            systemd,
             state,
             mut record,
             console,
@@ -228,7 +229,7 @@ impl Attempt<'_> {
         if notify::host().is_some() {
             notify::make_directory(intent.entry())?;
         }
-        let cgroup = cgroup_plan.create()?;
+        let mut cgroup = cgroup_plan.create()?;
         undo.cgroup = Some(cgroup.clone());
         record.cgroup = cgroup.record();
         let place = make_place(intent.entry())?;
@@ -239,7 +240,14 @@ impl Attempt<'_> {
             opts.ext_mnt = mounts::of_bundle(&plan, &places);
             Swrk::spawn(self.stdio, &self.files)
         })?;
-        cgroup.join(criu.pid())?;
+        match systemd {
+            Some(mut manager) => {
+                cgroup = cgroup_plan.start_unit(&mut manager, criu.pid())?;
+                undo.cgroup = Some(cgroup.clone());
+                record.cgroup = cgroup.record();
+            }
+            None => cgroup.join(criu.pid())?,
+        }
         cgroup.apply_limits(&cgroup_plan)?;
         opts.cg_root = cgroup_roots(criu.pid())?;
 
