@@ -136,7 +136,7 @@ fn features() -> Value {
         },
         "annotations": {
             "org.coracle.version": env!("CARGO_PKG_VERSION"),
-            "org.opencontainers.runc.checkpoint.enabled": "false"
+            "org.opencontainers.runc.checkpoint.enabled": "true"
         },
         "potentiallyUnsafeConfigAnnotations": []
     })

@@ -220,6 +220,7 @@ impl Attempt<'_> {
             plan,
             cgroup_plan,
             systemd,
+            resctrl,
             state,
             mut record,
             console,
@@ -249,6 +250,11 @@ impl Attempt<'_> {
             None => cgroup.join(criu.pid())?,
         }
         cgroup.apply_limits(&cgroup_plan)?;
+        if let Some(resctrl) = resctrl {
+            // What CRIU clones is in its groups.
+            undo.resctrl = Some(resctrl.record().clone());
+            resctrl.apply(criu.pid())?;
+        }
         opts.cg_root = cgroup_roots(criu.pid())?;
 
         undo.poststop(&plan, &state);

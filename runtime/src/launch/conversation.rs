@@ -142,4 +142,3 @@ pub fn runtime_hooks(hooks: &Hooks, state: &State, cwd: &Path) -> Result<()> {
     }
     Ok(())
 }
-
