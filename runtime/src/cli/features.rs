@@ -127,8 +127,7 @@ fn features() -> Value {
             },
             "seccomp": seccomp_features(),
             "apparmor": { "enabled": true },
-            // Process labels are set, mount labels refused: not enough to be called support.
-            "selinux": { "enabled": false },
+            "selinux": { "enabled": true },
             "intelRdt": { "enabled": true, "schemata": true, "monitoring": true },
             "memoryPolicy": { "modes": MEMORY_POLICY_MODES, "flags": MEMORY_POLICY_FLAGS },
             "mountExtensions": { "idmap": { "enabled": true } },

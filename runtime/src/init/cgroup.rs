@@ -17,9 +17,9 @@ use crate::plan::options::Attributes;
 pub fn v1(
     root: &Root,
     step: &MountStep,
-    hierarchies: &[V1Hierarchy],
-    links: &[(CString, CString)],
+    (hierarchies, links): (&[V1Hierarchy], &[(CString, CString)]),
     namespaced: bool,
+    label: Option<&CString>,
 ) -> Result<()> {
     let target = root.mount_target(&step.target, TargetType::Directory)?;
     refuse_proc(&target, step)?;
@@ -27,8 +27,9 @@ pub fn v1(
         set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC,
         clear: 0,
     };
-    let mode = [(c"mode".to_owned(), Some(c"755".to_owned()))];
-    let tmpfs = detached(c"tmpfs", c"tmpfs", &mode, plain)?;
+    let mut options = vec![(c"mode".to_owned(), Some(c"755".to_owned()))];
+    options.extend(label.map(|label| (c"context".to_owned(), Some(label.clone()))));
+    let tmpfs = detached(c"tmpfs", c"tmpfs", &options, plain)?;
     for hierarchy in hierarchies {
         rustix::fs::mkdirat(&tmpfs, &hierarchy.name, Mode::from_raw_mode(0o755))
             .map_err(|error| at("mkdirat", &hierarchy.name, error))?;

@@ -58,7 +58,14 @@ pub fn apply(root: &Root, step: &MountStep, at: (usize, Parent<'_>)) -> Result<O
             hierarchies,
             links,
             namespaced,
-        } => cgroup::v1(root, step, hierarchies, links, *namespaced),
+            label,
+        } => cgroup::v1(
+            root,
+            step,
+            (hierarchies, links),
+            *namespaced,
+            label.as_ref(),
+        ),
         MountKind::CgroupV2 {
             directory,
             mountpoint,
@@ -258,6 +265,13 @@ fn filesystem(root: &Root, step: &MountStep, source: &FsSource) -> Result<OwnedF
             _ => return Err(error),
         },
     };
+    if let Some(label) = &source.root_label {
+        // This is the host's /proc still.
+        let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(path, c"security.selinux", label.to_bytes_with_nul(), flags)
+            .map_err(|error| at("setxattr(security.selinux)", &step.target, error))?;
+    }
     if source.copy_up {
         copy_up::copy(&target, &mount)?;
         set_attributes(mount.as_fd(), step.attributes, false)?;

@@ -5,7 +5,7 @@
 //!                                              -> pivot_root -> old root detached -> read-only
 //! ```
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
@@ -95,7 +95,7 @@ pub fn mask(root: &Root, plan: &Plan) -> Result<()> {
         };
         let stat = rustix::fs::fstat(&target).map_err(|error| at("fstat", path, error))?;
         let cover = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory => empty.next(empty_tmpfs)?,
+            FileType::Directory => empty.next(|| empty_tmpfs(plan.mount_label.as_ref()))?,
             _ => null.next(null_mount)?,
         };
         attach(cover.as_fd(), target.as_fd())
@@ -112,7 +112,7 @@ struct Cover {
 }
 
 impl Cover {
-    fn next(&mut self, make: fn() -> Result<OwnedFd>) -> Result<Rc<OwnedFd>> {
+    fn next(&mut self, make: impl FnOnce() -> Result<OwnedFd>) -> Result<Rc<OwnedFd>> {
         let Some(first) = &self.attached else {
             return Ok(self.attached.insert(Rc::new(make()?)).clone());
         };
@@ -122,11 +122,12 @@ impl Cover {
     }
 }
 
-fn empty_tmpfs() -> Result<OwnedFd> {
-    let options = [
+fn empty_tmpfs(label: Option<&CString>) -> Result<OwnedFd> {
+    let mut options = vec![
         (c"nr_blocks".to_owned(), Some(c"1".to_owned())),
         (c"nr_inodes".to_owned(), Some(c"1".to_owned())),
     ];
+    options.extend(label.map(|label| (c"context".to_owned(), Some(label.clone()))));
     detached(c"tmpfs", c"tmpfs", &options, READ_ONLY)
 }
 
@@ -242,7 +243,7 @@ fn cover_host_filesystems(plan: &RootfsPlan) -> Result<()> {
         match unmount(point, UnmountFlags::DETACH) {
             Ok(()) => {}
             Err(Errno::INVAL | Errno::PERM) => {
-                let cover = empty_tmpfs()?;
+                let cover = empty_tmpfs(None)?;
                 move_mount(
                     cover.as_fd(),
                     c"",

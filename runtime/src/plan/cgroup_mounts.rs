@@ -61,6 +61,7 @@ pub(super) fn plan(input: &Input<'_>) -> Result<MountKind> {
                 hierarchies: mounts,
                 links,
                 namespaced: input.spec.namespaces().has(Kind::Cgroup),
+                label: None,
             })
         }
     }

@@ -5,6 +5,7 @@
 
 mod cgroup_mounts;
 pub mod devices;
+mod label;
 pub mod memory_policy;
 pub mod mounts;
 pub mod namespaces;
@@ -46,6 +47,8 @@ pub struct Plan {
     /// The host's network devices that the container takes over, and their names there.
     pub net_devices: Vec<(String, String)>,
     pub masked_paths: Vec<CString>,
+    /// The SELinux context of what covers masked directories.
+    pub mount_label: Option<CString>,
     pub readonly_paths: Vec<CString>,
     /// The name of the session keyring to join.
     pub keyring: Option<CString>,
@@ -139,6 +142,7 @@ impl Plan {
             hostname: named(spec.hostname()),
             domainname: named(spec.domainname()),
             net_devices: net_devices(linux),
+            mount_label: label::of(linux)?,
             masked_paths: once(paths(
                 linux.and_then(|linux| linux.masked_paths().as_ref()),
             )?),
@@ -441,6 +445,48 @@ mod tests {
         for (wanted, initial) in cases {
             assert_eq!(initial_propagation(wanted), initial, "{wanted:?}");
         }
+    }
+
+    #[test]
+    fn mount_label_goes_where_each_mount_takes_it() {
+        let mounts = |config: &mut Value| {
+            config["mounts"] = json!([
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
+                {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue"},
+                {"destination": "/r", "type": "ramfs", "source": "r", "options": ["a=b"]},
+                {"destination": "/r", "type": "none", "options": ["remount"]},
+                {"destination": "/b", "type": "bind", "source": "/b"}
+            ]);
+        };
+        assert!(plan(0, mounts).unwrap().mount_label.is_none());
+        let mut plan = plan(0, mounts).unwrap();
+        let wanted = c"u:r:t:s0:c1,c2";
+        let shown: Vec<String> = plan
+            .mounts
+            .iter_mut()
+            .map(|step| {
+                label::set(&mut step.kind, wanted).unwrap();
+                match &step.kind {
+                    MountKind::Fs(source) => {
+                        format!("{:?} {:?}", source.options, source.root_label)
+                    }
+                    MountKind::Legacy { data, .. } => format!("{data:?}"),
+                    other => format!("{}", matches!(other, MountKind::Bind(_))),
+                }
+            })
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                "[] None",
+                "[(\"context\", Some(\"u:r:t:s0:c1,c2\"))] None",
+                "[] Some(\"u:r:t:s0:c1,c2\")",
+                "\"a=b,context=\\\"u:r:t:s0:c1,c2\\\"\"",
+                "\"\"",
+                "true",
+            ]
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use coracle_oci::spec::{LinuxIdMapping, Mount};
 
+use super::label;
 use super::options::{self, Attributes, FlagChange, Options};
 use super::{Input, NamespacePlan, c_string, relative};
 use crate::error::{Error, Result};
@@ -44,6 +45,8 @@ pub enum MountKind {
         hierarchies: Vec<V1Hierarchy>,
         links: Vec<(CString, CString)>,
         namespaced: bool,
+        /// The tmpfs's SELinux context.
+        label: Option<CString>,
     },
     /// cgroup2, or the container's directory in it where the kernel refuses that.
     CgroupV2 {
@@ -83,6 +86,8 @@ pub struct FsSource {
     pub inherit_mode: bool,
     /// proc and sysfs: only at a real directory, never through a symlink.
     pub strict_target: bool,
+    /// The root's SELinux label, of a filesystem that takes no context.
+    pub root_label: Option<CString>,
     /// What a user namespace without the matching other namespace gets instead.
     pub fallback: Option<&'static CStr>,
 }
@@ -130,7 +135,7 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
         parsed.flags |= libc::MS_BIND;
     }
     let destination = mount.destination().display().to_string();
-    let kind = if parsed.is_remount() {
+    let mut kind = if parsed.is_remount() {
         legacy("none", mount, &parsed)?
     } else if parsed.is_bind() {
         MountKind::Bind(bind(input, mount, &parsed)?)
@@ -150,6 +155,9 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
             other => legacy(other, mount, &parsed)?,
         }
     };
+    if let Some(label) = label::of(input.spec.spec().linux().as_ref())? {
+        label::set(&mut kind, &label)?;
+    }
     // As runc does for old configs that name the place with the host's path of the root.
     let inside = inside_root(input, mount.destination());
     let target = match &inside {
@@ -329,6 +337,7 @@ fn filesystem(
         inherit_mode: tmpfs && !list.iter().any(|(key, _)| key.as_c_str() == c"mode"),
         options: list,
         strict_target,
+        root_label: None,
         fallback,
     })
 }

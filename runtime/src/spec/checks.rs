@@ -373,7 +373,7 @@ fn mount_label(linux: &Linux, host: &HostFacts) -> Result<()> {
         return Ok(());
     }
     if host.selinux {
-        return Err(Error::unsupported("linux.mountLabel is not supported"));
+        return Ok(());
     }
     Err(Error::unsupported(
         "selinux label is specified in config, but selinux is disabled or not supported",
