@@ -3,6 +3,8 @@
 //!
 //! Owns the groups' directories and files. Never mounts resctrl: that is the administrator's.
 
+mod stats;
+
 use std::path::{Path, PathBuf};
 
 use coracle_oci::ContainerId;
@@ -13,6 +15,9 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Kind, Result};
 
+pub use stats::Stats;
+
+const NOT_ENABLED: &str = "intelRdt is specified in config, but Intel RDT is not enabled";
 const MOUNTPOINT: &str = "/sys/fs/resctrl";
 /// include/uapi/linux/magic.h: RDTGROUP_SUPER_MAGIC
 const MAGIC: rustix::fs::FsWord = 0x0765_5821;
@@ -37,9 +42,7 @@ impl Resctrl {
         let Some(rdt) = linux.and_then(|linux| linux.intel_rdt().as_ref()) else {
             return Ok(None);
         };
-        let root = mountpoint().ok_or_else(|| {
-            Error::unsupported("intelRdt is specified in config, but Intel RDT is not enabled")
-        })?;
+        let root = mountpoint().ok_or_else(|| Error::unsupported(NOT_ENABLED))?;
         Self::plan_in(root, rdt, id).map(Some)
     }
 
@@ -143,6 +146,63 @@ pub fn join(record: &ResctrlRecord, pid: i32) -> Result<()> {
         write(&group.join("tasks"), &pid.to_string())?;
     }
     Ok(())
+}
+
+/// New shares for a container that runs: `update --l3-cache-schema`, `--mem-bw-schema`.
+#[derive(Debug)]
+pub struct Update<'a> {
+    group: Option<&'a Path>,
+    schemata: String,
+}
+
+impl<'a> Update<'a> {
+    /// Checks what is asked.
+    ///
+    /// # Errors
+    /// The host cannot do it, or the container has no group.
+    pub fn check(
+        record: Option<&'a ResctrlRecord>,
+        l3: Option<&str>,
+        bandwidth: Option<&str>,
+    ) -> Result<Self> {
+        let root = match (l3, bandwidth) {
+            (None, None) => None,
+            _ => mountpoint(),
+        };
+        let enabled = |resource: &str| {
+            let root = root.as_ref();
+            root.is_some_and(|root| root.join("info").join(resource).exists())
+        };
+        let refuse = |text: &'static str| Err(Error::unsupported(text));
+        if l3.is_some() && !enabled("L3") {
+            return refuse("Intel RDT/CAT: l3 cache schema is not enabled");
+        }
+        if bandwidth.is_some() && !enabled("MB") {
+            return refuse("Intel RDT/MBA: memory bandwidth schema is not enabled");
+        }
+        let lines = l3.into_iter().chain(bandwidth);
+        let schemata: String = lines.map(|line| format!("{line}\n")).collect();
+        if !schemata.is_empty() && record.is_none() {
+            return refuse("updating a non-existent Intel RDT configuration is not supported");
+        }
+        Ok(Self {
+            group: record.map(|record| record.group.as_path()),
+            schemata,
+        })
+    }
+
+    /// Sets the shares, if any are asked for.
+    ///
+    /// # Errors
+    /// The kernel refuses them.
+    pub fn apply(&self) -> Result<()> {
+        match self.group {
+            Some(group) if !self.schemata.is_empty() => {
+                write(&group.join("schemata"), &self.schemata)
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Removes what was made for the container, and nothing that it only used.
@@ -322,6 +382,28 @@ mod tests {
         assert_eq!(read(monitor.join("tasks")), "42");
         join(planned.record(), 43).unwrap();
         assert!(read(monitor.join("tasks")).starts_with("43"));
+    }
+
+    #[test]
+    fn update_without_resctrl_is_refused() {
+        Update::check(None, None, None).unwrap().apply().unwrap();
+        if mountpoint().is_none() {
+            let error = Update::check(None, Some("L3:0=f"), None).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                "Intel RDT/CAT: l3 cache schema is not enabled"
+            );
+        }
+        let root = fake();
+        let group = root.path().join("g");
+        files(&group);
+        let update = Update {
+            group: Some(&group),
+            schemata: "MB:0=30\n".to_owned(),
+        };
+        update.apply().unwrap();
+        let written = std::fs::read_to_string(group.join("schemata")).unwrap();
+        assert_eq!(written, "MB:0=30\n");
     }
 
     #[test]
