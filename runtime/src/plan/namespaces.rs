@@ -78,7 +78,10 @@ impl NamespacePlan {
                 plan.clone_flags |= namespace_flag(*kind);
             }
         }
-        plan.network_apart = plan.new_network && !plan.has_user();
+        // Devices move to where the child is from the first.
+        let devices = linux.and_then(|linux| linux.net_devices().as_ref());
+        let devices = devices.is_some_and(|devices| !devices.is_empty());
+        plan.network_apart = plan.new_network && !plan.has_user() && !devices;
         if plan.network_apart {
             plan.clone_flags &= !namespace_flag(Kind::Network);
         }
