@@ -294,6 +294,22 @@ fn poststart_hook_that_fails_ends_the_container() -> Result<()> {
     bench.finish()
 }
 
+#[test]
+fn poststop_hook_that_fails_does_not_change_the_programs_code() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let coracle = bench.coracle()?;
+    let hooks = json!([{"path": "/bin/false"}]);
+    let config = shell(&bench, "exit 7").set("/hooks/poststop", hooks);
+    let bundle = bundle(&bench, &config)?;
+    let output = coracle.try_run(&["run", "-b", &bundle, "c"])?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(7), "{output:?}");
+    ensure!(error.contains("error running poststop hook #0"), "{error}");
+    ensure!(coracle.run(&["list", "-q"])?.is_empty());
+    bench.finish()
+}
+
 /// Other platforms' members and unknown ones say nothing to Linux; what is deprecated is told.
 #[test]
 fn what_is_not_for_this_platform_is_passed_over() -> Result<()> {
@@ -307,6 +323,11 @@ fn what_is_not_for_this_platform_is_passed_over() -> Result<()> {
         .set("/process/commandLine", json!("cmd.exe"))
         .set("/process/future", json!([1]))
         .set("/linux/future", json!({"x": 1}))
+        .set(
+            "/linux/devices",
+            json!([{"type": "c", "major": 1, "minor": 3}]),
+        )
+        .set("/ociVersion", json!("99.0.0"))
         .set("/linux/seccomp", json!({}))
         .set(
             "/linux/personality",

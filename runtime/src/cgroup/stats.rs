@@ -12,6 +12,7 @@ use super::step::Dir;
 use super::tree::Cgroup;
 use super::{stats_v1, stats_v2};
 use crate::error::{Error, Result};
+use crate::resctrl;
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
@@ -25,13 +26,11 @@ pub struct Stats {
     pub pids: Pids,
     pub blkio: Blkio,
     pub hugetlb: BTreeMap<String, Hugetlb>,
-    pub intel_rdt: IntelRdt,
+    /// Not the cgroup's: whoever shows it fills it in.
+    pub intel_rdt: resctrl::Stats,
     /// Always null: runc counts the interfaces that it made itself, which are none.
     pub network_interfaces: Option<()>,
 }
-
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct IntelRdt {}
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Cpu {

@@ -10,6 +10,7 @@ use super::state::write_stdout;
 use crate::cgroup::{OomWatch, Stats};
 use crate::error::{Error, Kind, Result};
 use crate::log;
+use crate::resctrl;
 use crate::state::{Container, Request};
 
 #[derive(Debug, clap::Args)]
@@ -45,7 +46,7 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     let id = container.id().as_str();
     let cgroup = container.cgroup();
     if args.stats {
-        print("stats", id, Some(Stats::read(&cgroup)?))?;
+        print("stats", id, Some(read(&container)?))?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut watch = OomWatch::new(&cgroup)?;
@@ -61,12 +62,18 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         }
         if Instant::now() >= next {
             next += args.interval;
-            match Stats::read(&cgroup) {
+            match read(&container) {
                 Ok(stats) => print("stats", id, Some(stats))?,
                 Err(error) => log::warning(global, &format!("{error:#}")),
             }
         }
     }
+}
+
+fn read(container: &Container) -> Result<Stats> {
+    let mut stats = Stats::read(&container.cgroup())?;
+    stats.intel_rdt = resctrl::Stats::read(container.record.resctrl.as_ref())?;
+    Ok(stats)
 }
 
 fn print(kind: &'static str, id: &str, data: Option<Stats>) -> Result<()> {

@@ -131,20 +131,9 @@ impl Flags {
         Ok(out)
     }
 
-    /// Containers with an Intel RDT section are refused at create, so that there is none to
-    /// update.
-    pub fn refuse_rdt(&self) -> Result<()> {
-        if given(&self.l3_cache_schema).is_some() {
-            return Err(Error::unsupported(
-                "Intel RDT/CAT: l3 cache schema is not enabled",
-            ));
-        }
-        if given(&self.mem_bw_schema).is_some() {
-            return Err(Error::unsupported(
-                "Intel RDT/MBA: memory bandwidth schema is not enabled",
-            ));
-        }
-        Ok(())
+    /// What is asked of the cache and of memory bandwidth.
+    pub fn resctrl_schemas(&self) -> (Option<&str>, Option<&str>) {
+        (given(&self.l3_cache_schema), given(&self.mem_bw_schema))
     }
 }
 

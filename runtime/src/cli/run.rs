@@ -12,6 +12,7 @@ use crate::hooks;
 use crate::launch::foreground::Signals;
 use crate::launch::notify::{self, NotifySocket};
 use crate::launch::{self, Launched};
+use crate::log;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -56,8 +57,11 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         launched.master.take(),
         notify.as_ref(),
     )?;
-    if !args.keep {
-        launched.destroy()?;
+    // The program has had its say: what fails after it is told, and does not change the code.
+    if !args.keep
+        && let Err(error) = launched.destroy()
+    {
+        log::warning(global, &format!("{error:#}"));
     }
     Ok(ExitCode::from(code))
 }

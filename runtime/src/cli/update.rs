@@ -13,6 +13,7 @@ use super::{GlobalArgs, resources};
 use crate::cgroup::{self, Manager, PlanOptions};
 use crate::error::{Error, Kind, Result};
 use crate::log;
+use crate::resctrl;
 use crate::state::{Container, Request};
 
 #[derive(Debug, clap::Args)]
@@ -36,12 +37,14 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         None | Some("") => args.flags.parse()?,
         Some(path) => read(path)?,
     };
-    args.flags.refuse_rdt()?;
+    let (l3, bandwidth) = args.flags.resctrl_schemas();
+    let resctrl = resctrl::Update::check(container.record.resctrl.as_ref(), l3, bandwidth)?;
     let _lock = container.entry.lock()?;
     // Read anew under the lock: another update may have been faster.
-    let container = Container::open(&global.root, &args.id)?;
-    if container.allows(Request::Update)? {
-        apply(&container, asked, global)?;
+    let now = Container::open(&global.root, &args.id)?;
+    if now.allows(Request::Update)? {
+        apply(&now, asked, global)?;
+        resctrl.apply()?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -66,7 +66,11 @@ pub(super) fn plan(input: &Input<'_>, namespaces: &NamespacePlan) -> Result<DevP
         .as_ref()
         .and_then(|linux| linux.devices().as_deref());
     let listed = listed.unwrap_or_default();
-    for device in listed {
+    // One without a path is there for the cgroup's sake only.
+    for device in listed
+        .iter()
+        .filter(|device| !device.path().as_os_str().is_empty())
+    {
         plan.nodes.push(listed_node(device)?);
     }
     for (path, major, minor) in DEFAULTS {

@@ -51,7 +51,6 @@ impl Namespaces {
 
 /// Runs every check.
 pub(super) fn all(spec: &Spec, host: &HostFacts) -> Result<Namespaces> {
-    version(spec)?;
     root(spec)?;
     let mut namespaces = namespaces(spec)?;
     let process_spec = spec
@@ -75,19 +74,6 @@ pub(super) fn all(spec: &Spec, host: &HostFacts) -> Result<Namespaces> {
     }
     hooks(spec)?;
     Ok(namespaces)
-}
-
-fn version(spec: &Spec) -> Result<()> {
-    let version = spec.version();
-    if version.is_empty() {
-        return Err(Error::invalid("ociVersion must not be empty"));
-    }
-    if version.split('.').next() != Some("1") {
-        return Err(Error::unsupported(format!(
-            "ociVersion: version {version:?} is not supported"
-        )));
-    }
-    Ok(())
 }
 
 fn root(spec: &Spec) -> Result<()> {

@@ -27,8 +27,15 @@ impl CheckedSpec {
     /// # Errors
     /// The first thing that is wrong or not supported, named by its field.
     pub fn check(bytes: &[u8], host: &HostFacts) -> Result<Self> {
-        let config::ParsedSpec { spec, mut warnings } = config::parse(bytes)
+        let config::ParsedSpec {
+            mut spec,
+            mut warnings,
+        } = config::parse(bytes)
             .map_err(|error| Error::new(Kind::Invalid, "", "").source(error))?;
+        // As with runc: a version says little of what a config holds, and none is refused.
+        if spec.version().is_empty() {
+            spec.set_version(crate::cli::SPEC_VERSION.to_owned());
+        }
         let namespaces = checks::all(&spec, host)?;
         warnings.extend(linux::warnings(&spec));
         Ok(Self {
