@@ -8,7 +8,7 @@ use std::process::Output;
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::bundle::Bench;
 use coracle_integration::crictl::Config;
-use coracle_integration::{binaries, need_root};
+use coracle_integration::{binaries, need_root, skip};
 use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 
@@ -409,6 +409,30 @@ fn read_only_file_systems_are_filled_first() -> Result<()> {
         let config = shell_config(&bench, option, SHOW, mount).push("/mounts", below);
         let have = shown(&bench, option, &config)?;
         ensure!(have[0] == "ro", "{have:?}");
+    }
+    bench.finish()
+}
+
+#[test]
+fn cgroup2_beside_v1_is_mounted_by_its_name() -> Result<()> {
+    need_root!();
+    if !Path::new("/sys/fs/cgroup/unified/cgroup.procs").exists() {
+        skip!("not a hybrid host");
+    }
+    let bench = Bench::new()?;
+    for namespaced in [false, true] {
+        let name = format!("unified-{namespaced}");
+        // Its own cgroup is the root of what it sees, or the host's root is.
+        let script = "busybox stat -f -c %t /mnt; busybox cat /mnt/cgroup.events";
+        let mount = json!({"destination": "/mnt", "type": "cgroup2", "source": "cgroup",
+            "options": ["ro", "nosuid"]});
+        let mut config = shell_config(&bench, &name, script, mount);
+        if namespaced {
+            config = config.push("/linux/namespaces", json!({"type": "cgroup"}));
+        }
+        let text = text(&run(&bench, &name, &config)?);
+        ensure!(text.starts_with("63677270\n"), "{text}");
+        ensure!(text.contains("populated 1") == namespaced, "{text}");
     }
     bench.finish()
 }

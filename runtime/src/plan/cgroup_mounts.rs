@@ -67,6 +67,26 @@ pub(super) fn plan(input: &Input<'_>) -> Result<MountKind> {
     }
 }
 
+/// Type "cgroup2": on a hybrid host the one beside the others; None where there is none.
+pub(super) fn unified(input: &Input<'_>) -> Result<Option<MountKind>> {
+    let CgroupMode::V1 { unified, .. } = &input.host.cgroup else {
+        return plan(input).map(Some);
+    };
+    let Some(unified) = unified else {
+        return Ok(None);
+    };
+    let own = match input.cgroup {
+        CgroupRecord::V1 { paths, .. } => paths.get("").cloned(),
+        _ => None,
+    };
+    let path = |path: &Path| c_string("cgroup", path.as_os_str().as_bytes());
+    Ok(Some(MountKind::CgroupV2 {
+        directory: path(&own.unwrap_or_else(|| unified.own_dir()))?,
+        mountpoint: path(&unified.mountpoint)?,
+        namespaced: input.spec.namespaces().has(Kind::Cgroup),
+    }))
+}
+
 /// A named hierarchy has no controllers, which the kernel wants said: "none,name=systemd".
 fn v1_options(hierarchy: &Hierarchy) -> Result<Vec<(CString, Option<CString>)>> {
     let mut list = Vec::new();

@@ -151,7 +151,11 @@ fn step(input: &Input<'_>, namespaces: &NamespacePlan, mount: &Mount) -> Result<
             "tmpfs" => MountKind::Fs(filesystem(c"tmpfs", mount, &parsed, namespaces)?),
             "devpts" => MountKind::Fs(filesystem(c"devpts", mount, &parsed, namespaces)?),
             "mqueue" => MountKind::Fs(filesystem(c"mqueue", mount, &parsed, namespaces)?),
-            "cgroup" | "cgroup2" => super::cgroup_mounts::plan(input)?,
+            "cgroup" => super::cgroup_mounts::plan(input)?,
+            "cgroup2" => match super::cgroup_mounts::unified(input)? {
+                Some(kind) => kind,
+                None => legacy(fstype, mount, &parsed)?,
+            },
             other => legacy(other, mount, &parsed)?,
         }
     };
