@@ -436,3 +436,41 @@ fn cgroup2_beside_v1_is_mounted_by_its_name() -> Result<()> {
     }
     bench.finish()
 }
+
+#[test]
+fn no_pivot_takes_nothing_from_the_host() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let place = bench.dir.join("a place");
+    std::fs::create_dir(&place)?;
+    mount(Some("proc"), &place, Some("proc"), MsFlags::empty(), NONE)?;
+    let mounted = Mounted(place.clone());
+    // The container's mounts are peers of the host's then.
+    let change = |flag| mount(NONE, "/", NONE, MsFlags::MS_REC | flag, NONE);
+    change(MsFlags::MS_SHARED)?;
+    for propagation in ["rshared", "shared", "rslave"] {
+        let name = format!("no-pivot-{propagation}");
+        let nothing = json!({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs"});
+        let script = "busybox awk '{print $5}' /proc/self/mountinfo";
+        let config = shell_config(&bench, &name, script, nothing)
+            .set("/linux/rootfsPropagation", propagation);
+        let bundle = bench.bundle(&name, &config)?;
+        let busybox = binaries::installed("busybox").context("busybox is not installed")?;
+        std::fs::copy(busybox, bundle.join("rootfs/bin/busybox"))?;
+        let path = bundle.display().to_string();
+        let line = ["run", "--no-pivot", "-b", &path, &name];
+        let output = bench.coracle()?.try_run(&line)?;
+        ensure!(output.status.success(), "{name}: {}", text(&output));
+        for kept in ["/proc/self", "/sys/kernel"] {
+            ensure!(Path::new(kept).exists(), "{name} took {kept} away");
+        }
+        ensure!(
+            place.join("self").exists(),
+            "{name} took {} away",
+            place.display()
+        );
+    }
+    change(MsFlags::MS_PRIVATE)?;
+    drop(mounted);
+    bench.finish()
+}

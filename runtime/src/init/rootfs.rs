@@ -7,6 +7,8 @@
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::PathBuf;
 use std::rc::Rc;
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxAttributes, StatxFlags};
@@ -218,28 +220,51 @@ fn move_root(root: &Root, plan: &RootfsPlan) -> Result<()> {
     rustix::process::chroot(c".").map_err(|error| Error::system("chroot", ".", error))
 }
 
+/// Where a line of mountinfo has a procfs or sysfs. Spaces and the like are escaped: `\\040`.
+fn host_filesystem(line: &[u8]) -> Option<PathBuf> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let escaped = fields.nth(4)?;
+    let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
+    if kind != b"proc" && kind != b"sysfs" {
+        return None;
+    }
+    let mut point = Vec::with_capacity(escaped.len());
+    let mut rest = escaped;
+    while let Some((first, after)) = rest.split_first() {
+        let digits = after.get(..3).filter(|_| *first == b'\\');
+        let byte = digits
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        point.push(byte.unwrap_or(*first));
+        rest = if byte.is_some() { &after[3..] } else { after };
+    }
+    Some(std::ffi::OsString::from_vec(point).into())
+}
+
 /// The host's procfs and sysfs stay below a moved root: they must not be there to be found, since
 /// a container could mount its own from them where only a fully visible one allows that.
 fn cover_host_filesystems(plan: &RootfsPlan) -> Result<()> {
     let table = std::fs::read("/proc/self/mountinfo")
         .map_err(|error| Error::system("read", "/proc/self/mountinfo", error))?;
-    let text = String::from_utf8_lossy(&table);
     let rootfs = std::fs::canonicalize(&plan.path)
         .map_err(|error| Error::system("realpath", plan.path.display().to_string(), error))?;
-    let mut points: Vec<&str> = text
-        .lines()
-        .filter_map(|line| {
-            let (left, right) = line.split_once(" - ")?;
-            let kind = right.split(' ').next()?;
-            let point = left.split(' ').nth(4)?;
-            let host = (kind == "proc" || kind == "sysfs")
-                && !std::path::Path::new(point).starts_with(&rootfs);
-            host.then_some(point)
-        })
+    let mut points: Vec<PathBuf> = table
+        .split(|byte| *byte == b'\n')
+        .filter_map(host_filesystem)
+        .filter(|point| !point.starts_with(&rootfs))
         .collect();
     // Those deeper down first.
-    points.sort_by_key(|point| std::cmp::Reverse(point.len()));
-    for point in points {
+    points.sort_by_key(|point| std::cmp::Reverse(point.as_os_str().len()));
+    for point in &points {
+        let fail =
+            |call: &'static str, error| Error::system(call, point.display().to_string(), error);
+        // Shared, it would go from the host as well.
+        let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        match mount_change(point, slave) {
+            // Below another that is gone by now.
+            Err(Errno::NOENT) => continue,
+            changed => changed.map_err(|error| fail("mount(MS_SLAVE|MS_REC)", error))?,
+        }
         match unmount(point, UnmountFlags::DETACH) {
             Ok(()) => {}
             Err(Errno::INVAL | Errno::PERM) => {
@@ -251,10 +276,41 @@ fn cover_host_filesystems(plan: &RootfsPlan) -> Result<()> {
                     point,
                     MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
                 )
-                .map_err(|error| Error::system("move_mount", point, error))?;
+                .map_err(|error| fail("move_mount", error))?;
             }
-            Err(error) => return Err(Error::system("umount2", point, error)),
+            Err(error) => return Err(fail("umount2", error)),
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_filesystems_by_mountinfo() {
+        for (line, want) in [
+            (
+                "22 1 0:5 / /proc rw,nosuid shared:1 - proc proc rw",
+                Some("/proc"),
+            ),
+            (
+                "22 1 0:5 / /a\\040b/\\134x rw - sysfs sysfs rw",
+                Some("/a b/\\x"),
+            ),
+            (
+                "22 1 0:5 / /t\\04 rw master:2 shared:3 - proc x rw",
+                Some("/t\\04"),
+            ),
+            ("22 1 0:5 / /proc rw - tmpfs proc rw", None),
+            ("", None),
+        ] {
+            assert_eq!(
+                host_filesystem(line.as_bytes()),
+                want.map(PathBuf::from),
+                "{line}"
+            );
+        }
+    }
 }
