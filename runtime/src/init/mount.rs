@@ -22,6 +22,7 @@ use crate::plan::options::Attributes;
 use crate::plan::{MountKind, MountStep};
 
 pub const PROC_SUPER_MAGIC: u64 = 0x9fa0;
+const SYSFS_MAGIC: u64 = 0x6265_6572;
 
 /// Makes the mount of the plan's step number `index`. Gives it back where more is to be done to it.
 pub fn apply(root: &Root, step: &MountStep, at: (usize, Parent<'_>)) -> Result<Option<OwnedFd>> {
@@ -259,6 +260,7 @@ fn filesystem(root: &Root, step: &MountStep, source: &FsSource) -> Result<OwnedF
         Err(error) => match source.fallback {
             Some(host) if error.errno() == Some(libc::EPERM) => {
                 let tree = clone_tree(host, true)?;
+                is_of_kernel(&tree, source)?;
                 set_attributes(tree.as_fd(), step.attributes, false)?;
                 tree
             }
@@ -279,6 +281,28 @@ fn filesystem(root: &Root, step: &MountStep, source: &FsSource) -> Result<OwnedF
     set_attributes(mount.as_fd(), step.recursive_attributes, true)?;
     finish(&mount, &target, step)?;
     Ok(mount)
+}
+
+/// What a joined mount namespace has at /proc or /sys may be anything.
+fn is_of_kernel(tree: &OwnedFd, source: &FsSource) -> Result<()> {
+    let want = match source.fstype {
+        fstype if fstype == c"proc" => PROC_SUPER_MAGIC,
+        _ => SYSFS_MAGIC,
+    };
+    let name = source.fstype.to_string_lossy();
+    let stat =
+        rustix::fs::fstatfs(tree).map_err(|error| Error::system("fstatfs", name.clone(), error))?;
+    if stat.f_type as u64 == want {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "the host's /{} is not of type {name}",
+        if want == PROC_SUPER_MAGIC {
+            "proc"
+        } else {
+            "sys"
+        }
+    )))
 }
 
 /// proc and sysfs at a symlink or a file would put them elsewhere than the config says, and what
