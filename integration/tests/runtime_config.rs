@@ -310,6 +310,50 @@ fn poststop_hook_that_fails_does_not_change_the_programs_code() -> Result<()> {
     bench.finish()
 }
 
+#[test]
+fn mappings_given_with_a_joined_user_namespace_must_be_its_own() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let coracle = bench.coracle()?;
+    // Nothing else is joined from it; it maps root alone.
+    let mut holder = Command::new("unshare")
+        .args(["--user", "--map-root-user", "sleep", "60"])
+        .spawn()?;
+    let path = format!("/proc/{}/ns/user", holder.id());
+    let mapped = wait_for("the maps", Duration::from_secs(10), || {
+        let map = std::fs::read_to_string(format!("/proc/{}/gid_map", holder.id()))?;
+        Ok((!map.is_empty()).then_some(()))
+    });
+    let run = |host: u32| -> Result<std::process::Output> {
+        let map = json!([{"containerID": 0, "hostID": host, "size": 1}]);
+        let config = shell(&bench, "true")
+            .set("/linux/uidMappings", map.clone())
+            .set("/linux/gidMappings", map)
+            .set("/mounts", json!([]))
+            .set("/linux/maskedPaths", json!([]))
+            .set("/linux/readonlyPaths", json!([]))
+            .set(
+                "/linux/namespaces",
+                json!([{"type": "mount"}, {"type": "uts"}, {"type": "pid"},
+                    {"type": "user", "path": path}]),
+            );
+        coracle.try_run(&["run", "-b", &bundle(&bench, &config)?, "c"])
+    };
+    let outcome = mapped.and_then(|()| Ok((run(0)?, run(1000)?)));
+    holder.kill()?;
+    holder.wait()?;
+    let (same, other) = outcome?;
+    ensure!(same.status.success(), "{same:?}");
+    let warned = String::from_utf8_lossy(&same.stderr);
+    ensure!(warned.contains("both a userns path to join"), "{warned}");
+    let error = String::from_utf8_lossy(&other.stderr);
+    ensure!(
+        !other.status.success() && error.contains("non-matching mapping"),
+        "{error}"
+    );
+    bench.finish()
+}
+
 /// Other platforms' members and unknown ones say nothing to Linux; what is deprecated is told.
 #[test]
 fn what_is_not_for_this_platform_is_passed_over() -> Result<()> {

@@ -137,7 +137,8 @@ fn features() -> Value {
             "org.coracle.version": env!("CARGO_PKG_VERSION"),
             "org.opencontainers.runc.checkpoint.enabled": "true"
         },
-        "potentiallyUnsafeConfigAnnotations": []
+        // The second is a prefix.
+        "potentiallyUnsafeConfigAnnotations": ["org.criu.config", "org.systemd.property."]
     })
 }
 

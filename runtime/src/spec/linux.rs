@@ -136,7 +136,7 @@ fn is_callers(kind: Kind, path: &Path) -> Result<bool> {
 }
 
 /// What is let pass, and should not be asked for.
-pub(super) fn warnings(spec: &Spec) -> Vec<String> {
+pub(super) fn warnings(spec: &Spec, namespaces: &Namespaces) -> Vec<String> {
     let mut warnings: Vec<String> = spec
         .mounts()
         .iter()
@@ -145,6 +145,16 @@ pub(super) fn warnings(spec: &Spec) -> Vec<String> {
         .map(relative_destination)
         .collect();
     let linux = spec.linux().as_ref();
+    if namespaces.joins(Kind::User).is_some()
+        && linux.is_some_and(|linux| linux.uid_mappings().as_ref().is_some_and(|m| !m.is_empty()))
+    {
+        warnings.push(
+            "config.json has both a userns path to join and a matching userns mapping specified \
+             -- you may only provide one. Future versions may return an error with this \
+             configuration"
+                .to_owned(),
+        );
+    }
     let personality = linux.and_then(|linux| linux.personality().as_ref());
     let flags = personality.and_then(|personality| personality.flags().as_ref());
     if let Some(flags) = flags.filter(|flags| !flags.is_empty()) {

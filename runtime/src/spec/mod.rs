@@ -37,7 +37,7 @@ impl CheckedSpec {
             spec.set_version(crate::cli::SPEC_VERSION.to_owned());
         }
         let namespaces = checks::all(&spec, host)?;
-        warnings.extend(linux::warnings(&spec));
+        warnings.extend(linux::warnings(&spec, &namespaces));
         Ok(Self {
             spec,
             namespaces,
