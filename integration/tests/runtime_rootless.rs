@@ -4,11 +4,12 @@
 use std::os::unix::fs::{chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::bundle::Bench;
 use coracle_integration::crictl::Config;
-use coracle_integration::{binaries, need_root, skip};
+use coracle_integration::{binaries, need_root, skip, wait_for};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
@@ -273,5 +274,50 @@ fn root_of_a_user_namespace() -> Result<()> {
         "id -u; cat /proc/self/setgroups; [ -c /dev/null ] && echo null > /dev/null; echo $?";
     let output = rootless.script_below(&outer, config, show)?;
     ensure!(words(&output) == ["0", "deny", "0"], "{}", text(&output));
+    rootless.bench.finish()
+}
+
+#[test]
+fn own_namespaces_are_joined() -> Result<()> {
+    need_root!();
+    let rootless = Rootless::new()?;
+    let id = USER.to_string();
+    // Each program executes the next: one process, with the namespaces in the end.
+    let mut holder = Command::new("setpriv")
+        .args(["--reuid", &id, "--regid", &id, "--clear-groups", "--"])
+        .args(["unshare", "-r", "-n", "-i", "sleep", "600"])
+        .spawn()?;
+    let path = |file: &str| format!("/proc/{}/ns/{file}", holder.id());
+    let own = std::fs::read_link("/proc/thread-self/ns/ipc")?;
+    wait_for("the holder's namespaces", Duration::from_secs(10), || {
+        let map = std::fs::read_to_string(format!("/proc/{}/uid_map", holder.id()))?;
+        let there = std::fs::read_link(path("ipc"))? != own && map.contains(&id);
+        Ok(there.then_some(()))
+    })?;
+    let files = ["user", "net", "ipc"];
+    let held: Vec<String> = files
+        .iter()
+        .map(|file| Ok(std::fs::read_link(path(file))?.display().to_string()))
+        .collect::<Result<_>>()?;
+    let config = rootless.config()?.set(
+        "/linux/namespaces",
+        json!([
+            {"type": "user", "path": path("user")},
+            {"type": "network", "path": path("net")},
+            {"type": "ipc", "path": path("ipc")},
+            {"type": "mount"}, {"type": "pid"}, {"type": "uts"},
+        ]),
+    );
+    let config = config
+        .set("/linux/uidMappings", json!([]))
+        .set("/linux/gidMappings", json!([]));
+    let script = "cd /proc/self/ns; for f in user net ipc; do busybox readlink $f; done; id -u";
+    let output = rootless.script(config, script);
+    holder.kill()?;
+    holder.wait()?;
+    let output = output?;
+    let mut want = held;
+    want.push("0".to_owned());
+    ensure!(words(&output) == want, "{}", text(&output));
     rootless.bench.finish()
 }
