@@ -381,3 +381,53 @@ pub fn close_inherited(plan: &ProcessPlan, labels: &LabelFiles, kept: &[RawFd]) 
     exec::close_all_but(plan.first_closed_fd, &kept)
         .map_err(|error| Error::system("close_range", "", error))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::LaunchOptions;
+    use serde_json::json;
+
+    #[test]
+    fn labels_are_the_calling_threads_and_only_where_asked() {
+        let plan = |members: serde_json::Value| {
+            let mut process = json!({"cwd": "/", "user": {"uid": 0, "gid": 0}, "args": ["x"]});
+            for (name, value) in members.as_object().unwrap() {
+                process[name] = value.clone();
+            }
+            let process = serde_json::from_value(process).unwrap();
+            ProcessPlan::new(&process, None, &LaunchOptions::default()).unwrap()
+        };
+        let none = plan(json!({}));
+        assert!(host_proc(&none).unwrap().is_none());
+        let files = LabelFiles::open(&none, None).unwrap();
+        assert_eq!(files.fds().count(), 0);
+        files.write(&none).unwrap();
+        files.with_key_label(&none, || Ok(())).unwrap();
+
+        // Kernels without security modules have no such files.
+        if !std::path::Path::new("/proc/thread-self/attr/exec").exists() {
+            return;
+        }
+        let both = plan(json!({"selinuxLabel": "u:r:t:s0", "apparmorProfile": "p"}));
+        let proc = host_proc(&both).unwrap();
+        let files = LabelFiles::open(&both, proc.as_ref()).unwrap();
+        assert_eq!(files.fds().count(), 3);
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        for fd in files.fds() {
+            let path = std::fs::read_link(format!("/proc/self/fd/{fd}")).unwrap();
+            let path = path.to_string_lossy().into_owned();
+            assert!(path.contains(&format!("/task/{thread}/attr/")), "{path}");
+        }
+        // Another thread's files are not this one's to write: a label never goes astray.
+        let moved = std::thread::spawn(move || {
+            let same = plan(json!({"selinuxLabel": "u:r:t:s0", "apparmorProfile": "p"}));
+            files.write(&same).unwrap_err().to_string()
+        });
+        let error = moved.join().unwrap();
+        assert!(
+            error.starts_with("unable to apply selinux label"),
+            "{error}"
+        );
+    }
+}

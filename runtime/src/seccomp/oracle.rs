@@ -489,3 +489,33 @@ fn verdicts_are_libseccomps() {
         }
     }
 }
+
+/// Without the library: what no x86 filter shows.
+#[test]
+fn every_architecture_compares_whole_arguments_and_has_the_tail() {
+    const ALLOW: u32 = 0x7fff_0000;
+    let profile = parse(
+        json!({"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X32"],
+        "syscalls": [{"names": ["read", "openat"], "action": "SCMP_ACT_ALLOW", "args": [
+            {"index": 1, "op": "SCMP_CMP_EQ", "value": 0x1_0000_0002_u64}]}]}),
+    );
+    for abi in Abi::ALL {
+        let native = if abi == Abi::X32 { Abi::X86_64 } else { abi };
+        let program = compile(&profile, native).unwrap().program;
+        let number = |name| find(name).unwrap().number(abi).unwrap();
+        let said = |number, argument| {
+            verdict(&program, &data(abi, number, [7, argument, 7, 7, 7, 7]), abi)
+        };
+        let narrow = abi.is_32_bit();
+        for name in ["read", "openat"] {
+            assert_eq!(said(number(name), 0x1_0000_0002), ALLOW, "{abi:?}");
+            let half = if narrow { ALLOW } else { 0x0005_0001 };
+            assert_eq!(said(number(name), 2), half, "{abi:?}");
+            assert_eq!(said(number(name), 0x2_0000_0001), 0x0005_0001, "{abi:?}");
+        }
+        let newest = number("read").max(number("openat"));
+        assert_eq!(said(newest - 1, 0), 0x0005_0001, "{abi:?}");
+        assert_eq!(said(newest + 1, 0), 0x0005_0026, "{abi:?}");
+        assert_eq!(said(number("openat2"), 0), 0x0005_0026, "{abi:?}");
+    }
+}
