@@ -474,3 +474,37 @@ fn no_pivot_takes_nothing_from_the_host() -> Result<()> {
     drop(mounted);
     bench.finish()
 }
+
+#[test]
+fn copied_up_content_leaves_the_options_alone() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    for (name, options, want) in [
+        ("plain", json!(["tmpcopyup"]), "1750 0 0"),
+        (
+            "named",
+            json!(["tmpcopyup", "mode=700", "uid=9"]),
+            "700 9 0",
+        ),
+    ] {
+        let mount = json!({"destination": "/app", "type": "tmpfs", "source": "tmpfs",
+            "options": options});
+        let script = "busybox stat -c '%a %u %g' /app /app/file; busybox readlink /app/link";
+        let config = shell_config(&bench, name, script, mount);
+        let app = bench.bundle(name, &config)?.join("rootfs/app");
+        std::fs::set_permissions(&app, std::fs::Permissions::from_mode(0o1750))?;
+        chown(&app, Some(5), Some(6))?;
+        std::fs::write(app.join("file"), "x")?;
+        chown(app.join("file"), Some(7), Some(8))?;
+        std::fs::set_permissions(app.join("file"), std::fs::Permissions::from_mode(0o4711))?;
+        std::os::unix::fs::symlink("file", app.join("link"))?;
+        let output = run(&bench, name, &config)?;
+        let out = String::from_utf8_lossy(&output.stdout);
+        ensure!(
+            out == format!("{want}\n4711 7 8\nfile\n"),
+            "{}",
+            text(&output)
+        );
+    }
+    bench.finish()
+}

@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 /// Trees deeper than this are refused: the recursion holds two fds for each level.
 const MAX_DEPTH: u32 = 64;
 
-/// Copies the content of `from` into the root of the mount `to`. `from` may be an O_PATH handle.
+/// Copies the content of `from` into the root of the mount `to`, which keeps the owner and mode that
+/// its options give it, as in runc. `from` may be an O_PATH handle.
 pub fn copy(from: &OwnedFd, to: &OwnedFd) -> Result<()> {
     let open = |fd: &OwnedFd| {
         rustix::fs::openat(
@@ -23,8 +24,6 @@ pub fn copy(from: &OwnedFd, to: &OwnedFd) -> Result<()> {
         .map_err(|error| Error::system("openat", "tmpcopyup", error))
     };
     let (from, to) = (open(from)?, open(to)?);
-    let stat = rustix::fs::fstat(&from).map_err(|e| Error::system("fstat", "tmpcopyup", e))?;
-    own(to.as_fd(), &stat)?;
     directory(&from, &to, 0)
 }
 
