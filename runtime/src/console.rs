@@ -5,13 +5,13 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
     SocketFlags, SocketType,
 };
 use rustix::pty::OpenptFlags;
-use rustix::termios::{OptionalActions, Termios, Winsize};
+use rustix::termios::{OptionalActions, OutputModes, Termios, Winsize};
 
 use crate::error::{Error, Result};
 use crate::init::resolve::Root;
@@ -65,9 +65,7 @@ impl Pty {
     pub fn keep_newlines(&self) -> Result<()> {
         let mut modes = rustix::termios::tcgetattr(&self.master)
             .map_err(|error| Error::system("tcgetattr", "the console", error))?;
-        modes
-            .output_modes
-            .remove(rustix::termios::OutputModes::ONLCR);
+        modes.output_modes.remove(OutputModes::ONLCR);
         rustix::termios::tcsetattr(&self.master, OptionalActions::Now, &modes)
             .map_err(|error| Error::system("tcsetattr", "the console", error))
     }
@@ -154,35 +152,56 @@ impl ConsoleSocket {
 /// Our own terminal in raw mode, put back when dropped.
 #[derive(Debug)]
 pub struct RawMode {
+    terminal: OwnedFd,
     before: Termios,
 }
 
 impl RawMode {
-    /// None when stdin is no terminal: then there is nothing to change.
+    /// None when we run at no terminal: then there is nothing to change.
     pub fn enter() -> Option<Self> {
-        let stdin = rustix::stdio::stdin();
-        let before = rustix::termios::tcgetattr(stdin).ok()?;
+        let terminal = own_terminal()?;
+        let before = rustix::termios::tcgetattr(&terminal).ok()?;
         let mut raw = before.clone();
         raw.make_raw();
-        rustix::termios::tcsetattr(stdin, OptionalActions::Now, &raw).ok()?;
-        Some(Self { before })
+        // The console's newlines come without a carriage return (see keep_newlines): it is added
+        // here, once.
+        raw.output_modes.insert(OutputModes::OPOST);
+        rustix::termios::tcsetattr(&terminal, OptionalActions::Now, &raw).ok()?;
+        Some(Self { terminal, before })
+    }
+}
+
+/// The terminal that we run at: usually all three streams are it, but each may be redirected; then
+/// the controlling one.
+fn own_terminal() -> Option<OwnedFd> {
+    let streams = [
+        rustix::stdio::stderr(),
+        rustix::stdio::stdout(),
+        rustix::stdio::stdin(),
+    ];
+    match streams
+        .into_iter()
+        .find(|stream| rustix::termios::isatty(stream))
+    {
+        Some(stream) => rustix::io::fcntl_dupfd_cloexec(stream, 3).ok(),
+        None => {
+            let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+            rustix::fs::open(c"/dev/tty", flags, Mode::empty()).ok()
+        }
     }
 }
 
 impl Drop for RawMode {
     fn drop(&mut self) {
         // Nothing can be done about a terminal that is gone.
-        let _ = rustix::termios::tcsetattr(
-            rustix::stdio::stdin(),
-            OptionalActions::Drain,
-            &self.before,
-        );
+        let _ = rustix::termios::tcsetattr(&self.terminal, OptionalActions::Drain, &self.before);
     }
 }
 
 /// Gives the console the size of our own terminal, if we have one.
 pub fn follow_size(master: BorrowedFd<'_>) {
-    if let Ok(size) = rustix::termios::tcgetwinsize(rustix::stdio::stdin()) {
+    let size = own_terminal().and_then(|own| rustix::termios::tcgetwinsize(own).ok());
+    if let Some(size) = size {
         // A console that is gone needs no size.
         let _ = rustix::termios::tcsetwinsize(master, size);
     }

@@ -9,7 +9,7 @@ use coracle_oci::state::{State, Status};
 use super::channel::{Channel, Report};
 use super::seccomp_agent;
 use super::sources::Sources;
-use crate::console::ConsoleSocket;
+use crate::console::{ConsoleSocket, follow_size};
 use crate::error::{Error, Kind, Result};
 use crate::hooks;
 use crate::seccomp::Compiled;
@@ -55,7 +55,11 @@ impl<'a> Conversation<'a> {
                 }
                 Report::Console(master) => match &self.console {
                     Some(socket) => socket.send(master.as_fd(), b"/dev/ptmx")?,
-                    None => self.master = Some(master),
+                    None => {
+                        // Before the program can ask for it.
+                        follow_size(master.as_fd());
+                        self.master = Some(master);
+                    }
                 },
                 Report::Listener(listener) => {
                     if let Some(filter) = self.seccomp {
