@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
@@ -27,17 +27,9 @@ impl Signals {
     /// # Errors
     /// Those of sigprocmask(2).
     pub fn block() -> Result<Self> {
-        let mut set = SigSet::all();
-        // Faults of our own are not the container's.
-        for own in [
-            Signal::SIGSEGV,
-            Signal::SIGBUS,
-            Signal::SIGFPE,
-            Signal::SIGILL,
-            Signal::SIGABRT,
-        ] {
-            set.remove(own);
-        }
+        // Faults of our own, too: the kernel ends a process whose blocked signal is its own fault,
+        // and abort(3) unblocks its.
+        let set = SigSet::all();
         set.thread_block()
             .map_err(|error| Error::system("sigprocmask", "", error))?;
         Ok(Self { set })
