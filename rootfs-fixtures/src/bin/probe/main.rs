@@ -28,6 +28,7 @@ const USAGE: &str = "probe [command]
   tty                         print the terminal's size, or `not a tty`
   unshare user|net|mount|pid  try it, print `ok` or the error
   bind FROM TO                bind mount FROM on TO, then hold it
+  lock FILE                   make FILE, lock it as flock(2) does, then hold it
   exec PROGRAM [ARG...]       become PROGRAM
   serve PORT [TEXT]           HTTP/1.1: GET answers TEXT, GET /show the JSON
   fetch HOST PORT PATH        HTTP GET, body to stdout
@@ -84,6 +85,13 @@ fn run(args: &[&str]) -> anyhow::Result<u8> {
             nix::mount::mount(Some(*from), *to, none, nix::mount::MsFlags::MS_BIND, none)?;
             print("bound\n")?;
             std::thread::sleep(Duration::from_secs(3600));
+        }
+        ["lock", file] => {
+            let file = std::fs::File::create(file)?;
+            file.lock()?;
+            print("locked\n")?;
+            std::thread::sleep(Duration::from_secs(3600));
+            drop(file);
         }
         ["exec", program, rest @ ..] => {
             use std::os::unix::process::CommandExt as _;
