@@ -109,6 +109,12 @@ impl Directories {
         })
     }
 
+    /// Has a request name them by these descriptors.
+    fn point(&self, opts: &mut rpc::Options) {
+        opts.images_dir_fd = self.images.as_raw_fd();
+        opts.work_dir_fd = self.work.as_ref().map(|fd| fd.as_raw_fd());
+    }
+
     /// What a request says about them, and about everything that both directions share.
     fn options(&self, options: &Options) -> rpc::Options {
         rpc::Options {

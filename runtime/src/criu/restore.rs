@@ -33,6 +33,8 @@ use crate::state::{Entry, Intent, Store, process_start_time};
 /// The first version in which another security label works.
 const CHANGES_LABELS: i32 = 31_600;
 
+const LOG: &str = "restore.log";
+
 /// A directory of the container's own for its root to be mounted at.
 const ROOT: &str = "criu-root";
 
@@ -80,7 +82,7 @@ pub fn restore(request: launch::Request<'_>, options: &Options, extra: &Extra) -
     let pid_file = request.pid_file.map(Path::to_owned);
     let terminal = request.console_socket.is_some() || request.foreground;
     let criu = Criu::find(OLDEST)?;
-    let directories = Directories::open(options, "restore.log")?;
+    let directories = Directories::open(options, LOG)?;
     let mut opts = directories.options(options);
     opts.evasive_devices = Some(true);
     opts.rst_sibling = Some(true);
@@ -95,6 +97,7 @@ pub fn restore(request: launch::Request<'_>, options: &Options, extra: &Extra) -
     let intent = store.begin(&prepared.intent())?;
     let mut undo = Undo::default();
     let attempt = Attempt {
+        options,
         opts,
         files,
         log: &directories.log,
@@ -183,6 +186,7 @@ fn namespaces(opts: &mut rpc::Options, plan: &Plan, criu: Criu) -> Result<Vec<Ow
 
 /// Everything that is decided before the first side effect, but for what [`Prepared`] has.
 struct Attempt<'a> {
+    options: &'a Options,
     opts: rpc::Options,
     files: Vec<OwnedFd>,
     log: &'a Path,
@@ -236,10 +240,13 @@ impl Attempt<'_> {
         let place = make_place(intent.entry())?;
         let mut opts = self.opts;
         opts.root = Some(place.to_string_lossy().into_owned());
-        let criu = root::in_private_mounts(&place, || {
+        let (criu, _directories) = root::in_private_mounts(&place, || {
             let places = root::mount(&plan, &place)?;
             opts.ext_mnt = mounts::of_bundle(&plan, &places);
-            Swrk::spawn(self.stdio, &self.files)
+            // CRIU works in one of them, and mounts there: it has to be of its own namespace.
+            let directories = Directories::open(self.options, LOG)?;
+            directories.point(&mut opts);
+            Ok((Swrk::spawn(self.stdio, &self.files)?, directories))
         })?;
         match systemd {
             Some(mut manager) => {
