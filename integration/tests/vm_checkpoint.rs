@@ -157,7 +157,8 @@ fn established_connection_outlives_the_checkpoint() -> Result<()> {
 fn joined_pid_namespace_is_joined_again() -> Result<()> {
     need_criu!(Some("external_net_ns"));
     let bench = Bench::new()?;
-    let config = Subject::config(&bench, "host", "exec sleep 1000");
+    // A shell, which reaps what falls to it: a zombie holds on to the ids of its session.
+    let config = Subject::config(&bench, "host", "while :; do sleep 0.1; done");
     let host = Subject::new(&bench, "host", config)?;
     host.run()?;
     let namespaces = json!([
@@ -168,9 +169,14 @@ fn joined_pid_namespace_is_joined_again() -> Result<()> {
     let container = Subject::new(&bench, "c", config)?;
     container.run()?;
     container.counts_beyond(0)?;
+    let remains = format!("/proc/{}", container.pid()?);
     container.checkpoint("images", &[])?;
     container.is_gone()?;
     ensure!(host.status()? == "running");
+    // Its pid is taken until its parent, whoever that is by now, has reaped it.
+    wait_for("the first life to be reaped", PATIENCE, || {
+        Ok((!Path::new(&remains).exists()).then_some(()))
+    })?;
     let stopped = container.count()?;
     container.restore("images", &[])?;
     container.counts_beyond(stopped)?;
@@ -257,8 +263,11 @@ fn pipes_of_stdio_are_replaced_by_those_of_the_restorer() -> Result<()> {
     };
     let bundle = container.bundle.display().to_string();
     let mut run = piped(&["run", "-d", "-b", &bundle, "c"])?;
+    // Before the wait, which closes it.
+    let held = run.stdin.take();
     ensure!(run.wait()?.success());
     container.checkpoint("images", &[])?;
+    drop(held);
     // In the foreground: it ends with the container, and with its code.
     let images = container.path("images");
     let mut restore = piped(&["restore", "--image-path", &images, "-b", &bundle, "c"])?;
@@ -348,16 +357,16 @@ fn pages_are_served_lazily() -> Result<()> {
 fn file_locks_are_held_again_and_refused_without_the_flag() -> Result<()> {
     need_criu!(None);
     let bench = Bench::new()?;
-    let script = format!("exec 9>/tmp/lock; flock -x 9; {COUNT}");
+    let script = format!("/bin/probe lock /tmp/lock & {COUNT}");
     let config = Subject::config(&bench, "c", &script);
     let container = Subject::new(&bench, "c", config)?;
     container.run()?;
     container.counts_beyond(0)?;
     let held = || -> Result<bool> {
-        let file = std::fs::File::open(container.file("/tmp/lock"))?;
-        Ok(file.try_lock().is_err())
+        let file = std::fs::File::open(container.file("/tmp/lock"));
+        Ok(file.is_ok_and(|file| file.try_lock().is_err()))
     };
-    ensure!(held()?);
+    wait_for("the lock", PATIENCE, || Ok(held()?.then_some(())))?;
     // What CRIU refuses says where its reasons are, and costs the container nothing.
     let complaint = container.checkpoint_refused("refused", &[])?;
     let log = Path::new(&container.path("refused")).join("dump.log");
@@ -372,11 +381,11 @@ fn file_locks_are_held_again_and_refused_without_the_flag() -> Result<()> {
     ensure!(container.status()? == "running");
     container.counts_beyond(container.count()?)?;
     container.checkpoint("images", &["--file-locks"])?;
-    ensure!(!held()?);
+    ensure!(!held()?, "locked by nobody");
     let stopped = container.count()?;
     container.restore("images", &["--file-locks"])?;
     container.counts_beyond(stopped)?;
-    ensure!(held()?);
+    ensure!(held()?, "not locked again");
     container.delete()?;
     bench.finish()
 }
@@ -477,11 +486,19 @@ fn user_namespace_is_restored() -> Result<()> {
         std::os::unix::fs::chown(container.file(path), Some(100_000), Some(100_000))?;
     }
     // Whoever is no longer root has to get there.
-    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(&bench.dir, open)?;
+    let open: std::fs::Permissions = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&bench.dir, open.clone())?;
     container.run()?;
     container.counts_beyond(0)?;
+    // The namespace's root reads the images itself.
+    let images = container.path("images");
+    std::fs::create_dir(&images)?;
+    std::fs::set_permissions(&images, open)?;
     container.checkpoint("images", &[])?;
+    for entry in std::fs::read_dir(&images)? {
+        let path = entry?.path();
+        std::os::unix::fs::chown(&path, Some(100_000), Some(100_000))?;
+    }
     let stopped = container.count()?;
     container.restore("images", &[])?;
     container.counts_beyond(stopped)?;
