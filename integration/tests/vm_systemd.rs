@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::bundle::{Bench, Runtime};
@@ -412,15 +412,23 @@ fn killed_create_leaves_no_unit() -> Result<()> {
     need_guest!();
     let scope = Scope::new("killed")?;
     let bundle = scope.bundle(&scope.config(&["sleep", "600"]))?;
+    let create = || -> Result<std::process::Child> {
+        let mut command =
+            scope
+                .runtime
+                .command(&["--systemd-cgroup", "create", "-b", &bundle, &scope.id]);
+        command.stdout(std::process::Stdio::null());
+        Ok(command.stderr(std::process::Stdio::null()).spawn()?)
+    };
+    // An emulated machine has a time of its own.
+    let begin = Instant::now();
+    ensure!(create()?.wait()?.success(), "create failed");
+    let whole = begin.elapsed();
+    scope.run("delete", &["-f", &scope.id])?;
     let mut seen_unit = false;
-    for step in 0..16 {
-        let mut child = scope
-            .runtime
-            .command(&["--systemd-cgroup", "create", "-b", &bundle, &scope.id])
-            .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null())
-            .spawn()?;
-        std::thread::sleep(Duration::from_millis(step * 20));
+    for step in 0..=10 {
+        let mut child = create()?;
+        std::thread::sleep(whole * step / 10);
         child.kill()?;
         child.wait()?;
         seen_unit |= scope.cgroup().exists();
