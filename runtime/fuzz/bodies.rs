@@ -40,7 +40,6 @@ pub fn config(data: &[u8]) {
         let id = ContainerId::parse("fuzz").expect("a valid id");
         let options = PlanOptions {
             rootless: euid != 0,
-            ..PlanOptions::default()
         };
         let _ = coracle::cgroup::plan(spec.spec(), &id, &host.cgroup, options);
         let _ = Plan::new(Input {
