@@ -7,9 +7,9 @@
 //! | masked file                    | /dev/null                | /dev/null                |
 //! | device bound into a userns     | its place                | the host's device        |
 
-use std::ffi::{CStr, CString, OsString};
+use std::ffi::{CStr, CString, OsStr, OsString};
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags};
@@ -60,10 +60,7 @@ pub fn of_bundle(plan: &Plan, places: &[String]) -> Vec<ExternalMount> {
     for (step, place) in plan.mounts.iter().zip(places) {
         match &step.kind {
             MountKind::Bind(source) => {
-                mounts.push(named(
-                    place.clone(),
-                    source.path.to_string_lossy().into_owned(),
-                ));
+                mounts.push(named(place.clone(), real(&source.path)));
             }
             kind => mounts.extend(hierarchies(step, kind).map(|(place, from)| named(place, from))),
         }
@@ -73,6 +70,13 @@ pub fn of_bundle(plan: &Plan, places: &[String]) -> Vec<ExternalMount> {
     }
     mounts.extend(devices(plan).map(|(place, host)| named(place, host)));
     mounts
+}
+
+/// The path without links and dots: CRIU looks for the mount that a source is on by its text.
+fn real(path: &CStr) -> String {
+    let path = Path::new(OsStr::from_bytes(path.to_bytes()));
+    let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    real.to_string_lossy().into_owned()
 }
 
 fn named(key: String, val: String) -> ExternalMount {
@@ -159,4 +163,21 @@ pub fn stands_in_another(steps: &[MountStep], index: usize) -> bool {
             && other_path != path
             && path.starts_with(other_path)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_are_named_without_links_and_dots() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        std::fs::create_dir(dir.join("there")).unwrap();
+        std::os::unix::fs::symlink("there", dir.join("link")).unwrap();
+        for (given, want) in [("./there/.", "there"), ("link", "there"), ("gone", "gone")] {
+            let path = CString::new(format!("{}/{given}", dir.display())).unwrap();
+            assert_eq!(real(&path), dir.join(want).display().to_string(), "{given}");
+        }
+    }
 }
