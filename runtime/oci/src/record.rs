@@ -114,6 +114,9 @@ pub struct IntentRecord {
     pub id: ContainerId,
     pub bundle: PathBuf,
     pub cgroup: CgroupRecord,
+    /// Directories of the cgroup that were there before: whatever is in them is another's.
+    #[serde(default)]
+    pub existing: Vec<PathBuf>,
     /// Processes known so far; the cgroup finds the rest.
     #[serde(default)]
     pub pids: Vec<ProcessRecord>,

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use coracle_oci::record::{CgroupRecord, UnitRecord};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Access, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::create::{CgroupPlan, Devices, Limit};
@@ -58,6 +58,23 @@ impl Cgroup {
             unit: record.unit().cloned(),
             unit_started: false,
         }
+    }
+
+    /// Those of its directories that are there: before the creation, another's.
+    pub fn existing(&self) -> Vec<PathBuf> {
+        let there = |path: &&PathBuf| rustix::fs::access(*path, Access::EXISTS).is_ok();
+        let paths = self.dirs.iter().map(|place| &place.path);
+        paths.filter(there).cloned().collect()
+    }
+
+    /// Without the directories that are another's, and without the unit that they are of.
+    pub fn without(&self, others: &[PathBuf]) -> Cgroup {
+        let mut own = self.clone();
+        own.dirs.retain(|place| !others.contains(&place.path));
+        if own.dirs.len() < self.dirs.len() {
+            own.unit = None;
+        }
+        own
     }
 
     /// Only what this process has made: what a failed launch takes away again.

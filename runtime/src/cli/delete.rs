@@ -2,10 +2,13 @@
 //!
 //! ```text
 //! record   --stopped, created or forced--> kill, cgroup, directory, poststop hooks
-//! intent   --creator dead, or forced-----> kill, cgroup, mounts, directory
+//! intent   --creator dead, or forced-----> kill, what it made of the cgroup, mounts, directory
 //! neither  ------------------------------> directory
 //! damaged  --forced----------------------> as its intent says
 //! ```
+//! Never kills in, or removes, a cgroup that is not the container's: an intent is older than the
+//! look at what its path already holds, so it says what was there before.
+//!
 //! Every step is done however the others end; the first failure is reported, and the directory
 //! stays for another attempt as long as anything is left that it names.
 
@@ -59,7 +62,7 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     match entry.record() {
         Ok(record) => delete_created(Container { entry, record }, args.force)?,
         Err(error) if error.kind() == Kind::NotFound => {
-            delete_unfinished(entry, &id, args.force)?;
+            delete_unfinished(entry, &id, (args.force, Damage::None), global)?;
             if !args.force {
                 return Err(error);
             }
@@ -67,7 +70,7 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         // What the container holds is in the intent as well.
         Err(damaged) if args.force => {
             log::warning(global, &damaged.to_string());
-            delete_unfinished(entry, &id, true)?;
+            delete_unfinished(entry, &id, (true, Damage::Record), global)?;
         }
         Err(error) => return Err(error),
     }
@@ -176,9 +179,22 @@ fn poststop_hooks(entry: &Entry) -> Result<Vec<Hook>> {
         .unwrap_or_default())
 }
 
-/// A creation that was interrupted, or is still under way.
-fn delete_unfinished(entry: Entry, id: &coracle_oci::ContainerId, force: bool) -> Result<()> {
-    let intent = known_intent(&entry, force)?;
+/// What is known of a container without its record.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Damage {
+    /// There never was one: a creation that was interrupted, or is still under way.
+    None,
+    /// There was one: the creation had found the cgroup free, and taken it.
+    Record,
+}
+
+fn delete_unfinished(
+    entry: Entry,
+    id: &coracle_oci::ContainerId,
+    (force, damage): (bool, Damage),
+    global: &GlobalArgs,
+) -> Result<()> {
+    let intent = known_intent(&entry, force, global)?;
     let lock = match entry.try_lock()? {
         Some(lock) => lock,
         None => {
@@ -196,9 +212,9 @@ fn delete_unfinished(entry: Entry, id: &coracle_oci::ContainerId, force: bool) -
         }
     };
     // Written since, by a creator that got further than we saw.
-    let intent = known_intent(&entry, force)?.or(intent);
+    let intent = known_intent(&entry, force, global)?.or(intent);
     if let Some(intent) = &intent {
-        undo(intent)?;
+        undo(intent, damage)?;
     }
     entry.remove()?;
     drop(lock);
@@ -207,9 +223,15 @@ fn delete_unfinished(entry: Entry, id: &coracle_oci::ContainerId, force: bool) -
 
 /// The intent, if there is one. By force, one that cannot be read is as good as none: the directory
 /// would stay for ever.
-fn known_intent(entry: &Entry, force: bool) -> Result<Option<Begun>> {
+fn known_intent(entry: &Entry, force: bool, global: &GlobalArgs) -> Result<Option<Begun>> {
     match entry.intent() {
-        Err(_) if force => Ok(None),
+        Err(error) if force => {
+            log::warning(
+                global,
+                &format!("{error}: what the container held is not known, and may be left"),
+            );
+            Ok(None)
+        }
         found => found,
     }
 }
@@ -225,10 +247,13 @@ fn kill_listed(intent: Option<&IntentRecord>) -> Result<()> {
     Ok(())
 }
 
-fn undo(begun: &Begun) -> Result<()> {
+fn undo(begun: &Begun, damage: Damage) -> Result<()> {
     let intent = &begun.intent;
     kill_listed(Some(intent))?;
-    let cgroup = Cgroup::open(&intent.cgroup);
+    let cgroup = match damage {
+        Damage::None => Cgroup::open(&intent.cgroup).without(&intent.existing),
+        Damage::Record => Cgroup::open(&intent.cgroup),
+    };
     if is_ours(&cgroup, begun.creator)? {
         cgroup.kill_all()?;
         cgroup.delete()?;
@@ -242,9 +267,8 @@ fn undo(begun: &Begun) -> Result<()> {
     Ok(())
 }
 
-/// Whether everybody in the cgroup came after the creation had begun. The intent is older than
-/// the look at what its path already holds: that may be another's cgroup, with processes that
-/// are none of our business.
+/// Whether everybody in the cgroup came after the creation had begun: for what another has made
+/// between our look and our death.
 fn is_ours(cgroup: &Cgroup, creator: ProcessRecord) -> Result<bool> {
     let before = |pid: &i32| {
         // One that has gone since says nothing.

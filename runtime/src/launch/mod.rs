@@ -110,6 +110,7 @@ impl Prepared {
             id: self.record.id.clone(),
             bundle: self.record.bundle.clone(),
             cgroup: self.record.cgroup.clone(),
+            existing: Cgroup::open(&self.record.cgroup).existing(),
             pids: Vec::new(),
             mounts: self.record.mounts.clone(),
             resctrl: self.record.resctrl.clone(),

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::seal;
 use super::status::process_start_time;
 
 use crate::error::{Error, Kind, Result};
@@ -312,15 +313,18 @@ impl Entry {
         let Some(bytes) = self.read(name)? else {
             return Ok(None);
         };
-        serde_json::from_slice(&bytes).map(Some).map_err(|error| {
-            Error::system("parse", self.path.join(name).display().to_string(), error)
-        })
+        let subject = || self.path.join(name).display().to_string();
+        seal::check(&bytes)
+            .map_err(|reason| Error::system("verify", subject(), reason.to_owned()))?;
+        serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|error| Error::system("parse", subject(), error))
     }
 
     fn replace<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
         let bytes = serde_json::to_vec(value)
             .map_err(|error| Error::new(Kind::Internal, "encode", name).source(error))?;
-        self.replace_bytes(name, &bytes)
+        self.replace_bytes(name, &seal::seal(&bytes))
     }
 
     /// Written beside, then renamed over: a reader sees the old file or the new one, also after
@@ -463,6 +467,7 @@ mod tests {
                 path: "/sys/fs/cgroup/x".into(),
                 unit: None,
             },
+            existing: vec!["/sys/fs/cgroup/x".into()],
             pids: Vec::new(),
             mounts: Vec::new(),
             resctrl: None,
