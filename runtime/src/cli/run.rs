@@ -52,11 +52,12 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     if !args.no_subreaper && !launched.record.private_pid_namespace {
         become_subreaper()?;
     }
-    let code = signals.follow(
-        launched.record.init_pid,
-        launched.master.take(),
-        notify.as_ref(),
-    )?;
+    let master = launched.master.take();
+    let code = match signals.follow(launched.record.init_pid, master, notify.as_ref()) {
+        Ok(code) => code,
+        // Nobody would wait for it any more.
+        Err(error) => return Err(launched.give_up(error)),
+    };
     // The program has had its say: what fails after it is told, and does not change the code.
     if !args.keep
         && let Err(error) = launched.destroy()
