@@ -15,13 +15,14 @@ FUZZ_SECONDS     ?= 30
 PREFIX           ?= /usr/local
 
 BINARIES := coracle containerd-shim-coracle-v2 coracled
-TOOLS    := fixtures probe demo bench vm
+TOOLS    := fixtures probe demo bench vm cve-replay sweep
 
 # Every tool is found by absolute path, whatever the working directory of a test.
 BIN_DIR  := $(abspath $(OUT))
 RUN_ENV  := CORACLE_CACHE="$(CORACLE_CACHE)" CORACLE_BIN_DIR="$(BIN_DIR)"
 
 .PHONY: help build tools man completions run test test-host test-vm bench check install clean deps \
+    cve-replay sweep \
     check-format check-lints check-units check-architecture check-dependencies fuzz
 
 help:
@@ -30,6 +31,8 @@ help:
 	@echo 'make test      the end-to-end tests, as root; TEST=name: those whose name holds it'
 	@echo 'make test-vm   those that need cgroup v2, systemd, AppArmor or CRIU, in a guest'
 	@echo 'make bench     measurements against runc, crun and containerd, in $(CARGO_TARGET_DIR)/bench'
+	@echo 'make cve-replay RUNTIME=path  what attacked container runtimes once, against any of them'
+	@echo 'make sweep     every command with a fault at every system call; SWEEP="--verb run --fault kill"'
 	@echo 'make check     format, lints, unit tests, architecture, licences'
 	@echo 'make fuzz      the fuzz targets of the runtime, FUZZ_SECONDS (30) each'
 	@echo 'make man       manual pages in $(OUT)/man; make completions: for bash, zsh and fish'
@@ -80,6 +83,14 @@ test-vm: deps build tools
 
 bench: deps build tools
 	@$(RUN_ENV) $(OUT)/bench --out $(CARGO_TARGET_DIR)/bench $(BENCH_ARGS)
+
+# Exit code 1 when the runtime is vulnerable to any of it.
+cve-replay: deps build tools
+	@$(RUN_ENV) $(OUT)/cve-replay $(or $(RUNTIME),$(BIN_DIR)/coracle) $(CVE_ARGS)
+
+# All of what `make test` samples: hours. RUNTIME=path for another runtime.
+sweep: deps build tools
+	@$(RUN_ENV) $(OUT)/sweep $(if $(RUNTIME),--runtime $(RUNTIME)) $(SWEEP)
 
 # Apart, so that `make -k check` says all that is wrong at once.
 check: check-format check-lints check-units check-architecture check-dependencies fuzz

@@ -114,6 +114,23 @@ impl Drop for Bench {
 }
 
 impl Runtime {
+    /// Any program with the command line of runc.
+    pub fn at(name: &str, program: PathBuf, root: PathBuf) -> Self {
+        Self {
+            name: name.to_owned(),
+            program,
+            root,
+        }
+    }
+
+    /// The same program with another state root.
+    pub fn with_root(&self, root: PathBuf) -> Self {
+        Self {
+            root,
+            ..self.clone()
+        }
+    }
+
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command.arg("--root").arg(&self.root).args(args);

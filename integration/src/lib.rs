@@ -12,6 +12,8 @@
 //! leak       what a machine holds: mounts, links, rules, cgroups, processes, files
 //! bundle     OCI bundles for tests of the runtime's command line
 //! vm         a guest with cgroup v2, systemd, AppArmor and CRIU
+//! sweep      a fault at every system call of a runtime's command
+//! cve        what attacked container runtimes once, against any of them
 //! ```
 #![forbid(unsafe_code)]
 
@@ -19,11 +21,13 @@ pub mod binaries;
 pub mod bundle;
 pub mod crictl;
 pub mod criu;
+pub mod cve;
 pub mod daemon;
 pub mod isolation;
 pub mod leak;
 pub mod process;
 pub mod registry;
+pub mod sweep;
 pub mod vm;
 pub mod world;
 

@@ -89,6 +89,51 @@ impl Process {
     }
 }
 
+/// What became of a program that was given a time limit.
+#[derive(Debug)]
+pub struct Ended {
+    /// None when it had to be killed.
+    pub status: Option<ExitStatus>,
+    pub out: String,
+    pub error: String,
+}
+
+/// Runs a program to its end, or until the time is over. Its outputs are files: a pipe would be
+/// held open by whatever it leaves running.
+pub fn run_within(command: &mut Command, limit: Duration) -> Result<Ended> {
+    use std::io::{Read as _, Seek as _};
+    let (mut out, mut error) = (tempfile::tempfile()?, tempfile::tempfile()?);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(out.try_clone()?)
+        .stderr(error.try_clone()?)
+        .spawn()
+        .with_context(|| format!("start {}", command.get_program().to_string_lossy()))?;
+    let end = Instant::now() + limit;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break Some(status);
+        }
+        if Instant::now() > end {
+            child.kill()?;
+            child.wait()?;
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    let read = |file: &mut File| -> Result<String> {
+        let mut bytes = Vec::new();
+        file.rewind()?;
+        file.read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    Ok(Ended {
+        status,
+        out: read(&mut out)?,
+        error: read(&mut error)?,
+    })
+}
+
 pub fn tail(log: &Path) -> String {
     let text = std::fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();

@@ -215,3 +215,41 @@ fn debug_tells_the_steps() -> Result<()> {
     }
     bench.finish()
 }
+
+/// A real-time signal has no name in most libraries.
+#[test]
+fn foreground_run_passes_real_time_signals_on() -> Result<()> {
+    need_root!();
+    const SIGRTMIN: i32 = 34;
+    let bench = Bench::new()?;
+    let mut config = bench.config("rt", &["sleep", "60"]);
+    // Without a pid namespace of its own the program is no init, which would ignore the signal.
+    if let Some(list) = config.0["linux"]["namespaces"].as_array_mut() {
+        list.retain(|namespace| namespace["type"] != "pid");
+    }
+    let coracle = bench.coracle()?;
+    let bundle = bench.bundle("rt", &config)?.display().to_string();
+    let log = std::fs::File::create(bench.dir.join("log"))?;
+    let mut command = coracle.command(&["run", "-b", &bundle, "rt"]);
+    let mut child = command.stdout(log.try_clone()?).stderr(log).spawn()?;
+    coracle_integration::wait_for("the program", std::time::Duration::from_secs(10), || {
+        let state = coracle.try_run(&["state", "rt"])?;
+        let text = String::from_utf8_lossy(&state.stdout).into_owned();
+        let pid = serde_json::from_str::<serde_json::Value>(&text)
+            .ok()
+            .and_then(|state| state["pid"].as_u64());
+        let program = pid.and_then(|pid| std::fs::read_link(format!("/proc/{pid}/exe")).ok());
+        Ok(program.filter(|path| path.ends_with("bin/probe")))
+    })?;
+    let status = std::process::Command::new("kill")
+        .args([format!("-{SIGRTMIN}"), child.id().to_string()])
+        .status()?;
+    ensure!(status.success());
+    let status = child.wait()?;
+    ensure!(
+        status.code() == Some(128 + SIGRTMIN),
+        "{status}: {}",
+        std::fs::read_to_string(bench.dir.join("log"))?
+    );
+    bench.finish()
+}
