@@ -387,6 +387,17 @@ mod tests {
     }
 
     #[test]
+    fn child_of_a_stage_waits_to_be_known() {
+        let plan = plan(0, |config| {
+            config["linux"]["namespaces"] =
+                json!([{"type": "mount"}, {"type": "user", "path": "/proc/1/ns/user"}]);
+        })
+        .unwrap();
+        assert!(plan.namespaces.needs_stage() && plan.namespaces.waits());
+        assert!(!plan.namespaces.waits_for_maps());
+    }
+
+    #[test]
     fn user_namespace_with_joined_ones_needs_a_stage() {
         let plan = plan(0, |config| {
             user_namespace(config);

@@ -122,7 +122,8 @@ impl NamespacePlan {
     /// Whether the child has to be told to go on before it enters its last namespaces and mounts
     /// anything: its cgroup namespace begins, and its cgroup mount ends, in a cgroup that is there.
     pub fn waits(&self) -> bool {
-        self.waits_for_maps() || self.late_cgroup
+        // What a stage's child asks for must not overtake the stage's word of who it is.
+        self.waits_for_maps() || self.late_cgroup || self.joined_user
     }
 
     /// Whether the child may go on before the parent has written the id maps.
