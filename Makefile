@@ -15,7 +15,7 @@ FUZZ_SECONDS     ?= 30
 PREFIX           ?= /usr/local
 
 BINARIES := coracle containerd-shim-coracle-v2 coracled
-TOOLS    := fixtures probe demo bench vm cve-replay sweep
+TOOLS    := fixtures probe demo bench vm cve-replay sweep without
 
 # Every tool is found by absolute path, whatever the working directory of a test.
 BIN_DIR  := $(abspath $(OUT))

@@ -45,6 +45,11 @@ pub fn probe() -> Result<PathBuf> {
     tool("CORACLE_TOOLS_DIR", "probe")
 }
 
+/// Runs a program with system calls missing.
+pub fn without() -> Result<PathBuf> {
+    tool("CORACLE_TOOLS_DIR", "without")
+}
+
 fn tool(variable: &str, name: &str) -> Result<PathBuf> {
     match std::env::var_os(variable).filter(|d| !d.is_empty()) {
         Some(dir) => Ok(Path::new(&dir).join(name).canonicalize()?),

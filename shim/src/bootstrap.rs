@@ -188,7 +188,7 @@ pub fn start(args: &Args) -> Result<()> {
 fn spawn(args: &Args, asked: &Asked, path: &Path, listener: OwnedFd, bundle: &Path) -> Result<()> {
     let failed = |e: std::io::Error| Error::io("start", "the shim's process", e);
     let text = |s: &[u8]| CString::new(s).map_err(|e| failed(e.into()));
-    coracle_sys::spawn::close_on_exec_from(3).map_err(failed)?;
+    coracle_sys::exec::close_on_exec_from(3).map_err(failed)?;
     let own = std::env::current_exe().map_err(failed)?;
     let program = text(own.as_os_str().as_bytes())?;
     let mut argv = vec![program.clone()];

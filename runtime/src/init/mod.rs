@@ -12,6 +12,7 @@ pub mod mount;
 pub mod program;
 pub mod resolve;
 pub mod rootfs;
+mod walk;
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};

@@ -1,7 +1,8 @@
 //! Paths inside the container's root, by file descriptor only.
 //!
 //! Every look-up is one openat2(2) with RESOLVE_IN_ROOT: symlinks of the image cannot leave the
-//! root, and a racing rename gives EAGAIN, not an escape (CVE-2021-30465, CVE-2024-45310).
+//! root, and a racing rename gives EAGAIN, not an escape (CVE-2021-30465, CVE-2024-45310). Without
+//! that call `walk.rs` goes the same way step by step.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
+use super::walk;
 use crate::error::{Error, Result};
 
 /// How often a look-up that raced with a rename is tried again.
@@ -46,6 +48,11 @@ impl Root {
         loop {
             match rustix::fs::openat2(&self.fd, path, flags, Mode::empty(), resolve) {
                 Err(Errno::AGAIN | Errno::INTR) if tries < RACE_RETRIES => tries += 1,
+                // Linux before 5.6, or a sandbox that hides the call.
+                Err(Errno::NOSYS) => {
+                    let links = !extra.contains(ResolveFlags::NO_SYMLINKS);
+                    return walk::open(self.fd.as_fd(), path, flags, links);
+                }
                 result => return result,
             }
         }

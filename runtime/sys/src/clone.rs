@@ -65,6 +65,39 @@ pub unsafe fn clone3(request: &Request<'_>) -> io::Result<Side> {
     }
 }
 
+/// The same by clone(2), where a sandbox hides clone3 or the kernel is older than 5.3. It cannot
+/// start the process in a cgroup.
+///
+/// # Safety
+/// As for [`clone3`].
+///
+/// # Errors
+/// Those of clone(2).
+pub unsafe fn clone_without_cgroup(flags: u64) -> io::Result<Side> {
+    let mut pidfd: RawFd = -1;
+    let mut flags = flags | libc::CLONE_PIDFD as u64;
+    // In the low byte; with CLONE_PARENT it is that of the caller's own exit.
+    if flags & libc::CLONE_PARENT as u64 == 0 {
+        flags |= libc::SIGCHLD as u64;
+    }
+    let none = 0usize;
+    // SAFETY: the pidfd's place lives over the call; no CLONE_VM and no stack is given, so the child
+    // continues on its copy of this stack; the caller vouches for a single thread.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, &raw mut pidfd, none, none) };
+    match pid {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(Side::Child),
+        pid => {
+            // SAFETY: the kernel has just made this fd for us alone (CLONE_PIDFD).
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            Ok(Side::Parent {
+                pid: pid as i32,
+                pidfd,
+            })
+        }
+    }
+}
+
 /// Ends the process at once: no destructors, no atexit functions, no flushing of the stdio buffers
 /// that a clone copied from its parent.
 pub fn exit_now(code: i32) -> ! {

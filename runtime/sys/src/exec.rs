@@ -63,7 +63,7 @@ pub fn execve_fd(program: BorrowedFd<'_>, args: &CStringArray, env: &CStringArra
     io::Error::last_os_error()
 }
 
-/// Marks every fd from `first` on as closed by exec (Linux 5.11). Owners of those fds keep them.
+/// Marks every fd from `first` on as closed by exec. Owners of those fds keep them.
 ///
 /// # Errors
 /// Those of close_range(2).
@@ -78,11 +78,19 @@ pub fn close_on_exec_from(first: RawFd) -> io::Result<()> {
             CLOSE_RANGE_CLOEXEC,
         )
     };
-    if result == -1 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
+    if result != -1 {
+        return Ok(());
     }
+    let error = io::Error::last_os_error();
+    // Linux before 5.11 has no CLOEXEC, before 5.9 no such call.
+    if !matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL)) {
+        return Err(error);
+    }
+    for fd in first..=highest_fd() {
+        // SAFETY: changes a flag of an fd and closes none; EBADF for a number without one.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
+    Ok(())
 }
 
 /// Closes every fd from `first` on but the `kept` ones, which are in ascending order.
@@ -91,7 +99,7 @@ pub fn close_on_exec_from(first: RawFd) -> io::Result<()> {
 /// whoever in it thinks to own them.
 ///
 /// # Errors
-/// ENOSYS before Linux 5.9.
+/// Those of close_range(2).
 pub fn close_all_but(first: RawFd, kept: &[RawFd]) -> io::Result<()> {
     let mut from = i64::from(first);
     let ends = kept.iter().map(|fd| i64::from(*fd) - 1);
@@ -101,12 +109,36 @@ pub fn close_all_but(first: RawFd, kept: &[RawFd]) -> io::Result<()> {
             let result =
                 unsafe { libc::syscall(libc::SYS_close_range, from as u32, end as u32, 0) };
             if result == -1 {
-                return Err(io::Error::last_os_error());
+                let error = io::Error::last_os_error();
+                if error.raw_os_error() != Some(libc::ENOSYS) {
+                    return Err(error);
+                }
+                for fd in from..=end.min(i64::from(highest_fd())) {
+                    // SAFETY: by contract no owner of this fd uses it again.
+                    unsafe { libc::close(fd as RawFd) };
+                }
             }
         }
         from = from.max(end + 2);
     }
     Ok(())
+}
+
+/// The highest number that an fd may have, without close_range(2): the hard limit, or the kernel's
+/// default of fs.nr_open where that is more, for the limit may have been lowered since. Not from
+/// /proc/self/fd: at this point it may be an image's.
+fn highest_fd() -> RawFd {
+    const NR_OPEN: RawFd = 1 << 20;
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the struct lives over the call.
+    let result = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    match RawFd::try_from(limit.rlim_max) {
+        Ok(hard) if result == 0 => hard.max(NR_OPEN),
+        _ => NR_OPEN,
+    }
 }
 
 /// Clears the close-on-exec flag of an fd that the caller of the program passed down by number.

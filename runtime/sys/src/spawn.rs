@@ -155,24 +155,6 @@ impl Spawn<'_> {
     }
 }
 
-/// Marks every open descriptor from `first` on close-on-exec, whoever opened it.
-pub fn close_on_exec_from(first: u32) -> io::Result<()> {
-    // SAFETY: changes a flag of descriptors and closes none, so no owner is invalidated.
-    let rc = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            first,
-            u32::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    };
-    if rc == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 /// Sends any signal by number, real-time ones included, to one process. Group and broadcast
 /// addresses (pid 0 and below) are refused.
 pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
