@@ -11,10 +11,10 @@ fn feed(target: &str, body: fn(&[u8])) {
         .join("fuzz/regressions")
         .join(target);
     let mut fed = 0;
-    for file in std::fs::read_dir(&folder).unwrap() {
-        let path = file.unwrap().path();
+    for file in std::fs::read_dir(&folder).expect("the folder is in the repository") {
+        let path = file.expect("a readable folder").path();
         println!("{}", path.display());
-        body(&std::fs::read(&path).unwrap());
+        body(&std::fs::read(&path).expect("a readable file"));
         fed += 1;
     }
     assert!(fed > 0, "{} is empty", folder.display());

@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn child_sees_exactly_the_descriptors_given_and_an_empty_signal_mask() {
-        close_on_exec_from(3).unwrap();
+        crate::exec::close_on_exec_from(3).unwrap();
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let null = std::fs::File::open("/dev/null").unwrap();
         let program = CString::new("/bin/sh").unwrap();

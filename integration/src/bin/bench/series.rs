@@ -122,7 +122,7 @@ mod tests {
         .expect("steps succeed");
         assert_eq!(order, [(0, 0), (0, 1), (1, 1), (1, 0), (2, 0), (2, 1)]);
         assert_eq!(taken.series[0].samples, [11.0, 12.0]);
-        assert_eq!(taken.series[1].millis, [21.0, 22.0]);
+        assert_eq!(taken.series[1].samples, [21.0, 22.0]);
     }
 
     #[test]
