@@ -49,6 +49,59 @@ fn task_runs_and_leaves_nothing() {
 }
 
 #[test]
+fn task_goes_on_from_the_images_of_a_checkpoint() {
+    let check = std::process::Command::new("criu").arg("check").output();
+    if !check.is_ok_and(|output| output.status.success()) {
+        return support::say_skipped("needs a criu that works on this kernel");
+    }
+    let Some(mut pod) = Pod::new("goes-on") else {
+        return;
+    };
+    let script = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done";
+    let count = |pod: &Pod| -> u64 {
+        let line = pod.lines("a").pop().unwrap_or_default();
+        line.rsplit(' ')
+            .next()
+            .unwrap_or_default()
+            .parse()
+            .unwrap_or(0)
+    };
+    let counts_beyond = |pod: &Pod, before: u64| {
+        let end = Instant::now() + Duration::from_secs(20);
+        while count(pod) <= before {
+            assert!(Instant::now() < end, "{:?}", pod.lines("a"));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let first = pod.run("a", script);
+    counts_beyond(&pod, 0);
+    let images = pod.dir.join("images");
+    pod.checkpoint("a", &images).unwrap();
+    assert_eq!(pod.wait("a", "").unwrap(), 137);
+    assert_eq!(pod.delete("a", "").unwrap().pid, first);
+    assert!(!pod.bundle("a").join("criu-work").exists());
+    let stopped = count(&pod);
+
+    let mut request = pod.request("a", &pod.config("a", script));
+    request.checkpoint = images.display().to_string();
+    assert_eq!(pod.create(&request).unwrap(), 0);
+    let second = pod.start("a", "").unwrap();
+    assert!(alive(second) && pod.state("a").unwrap().pid == second);
+    // It writes to the pipes of its new life, and begins nothing anew.
+    counts_beyond(&pod, stopped);
+    assert!(
+        !pod.lines("a")
+            .iter()
+            .skip(1)
+            .any(|line| line == "stdout F 1")
+    );
+    pod.kill("a", "", 9).unwrap();
+    assert_eq!(pod.wait("a", "").unwrap(), 137);
+    assert_eq!(pod.delete("a", "").unwrap().pid, second);
+    pod.shutdown();
+}
+
+#[test]
 fn task_from_images_that_cannot_be_restored_can_be_deleted() {
     let Some(mut pod) = Pod::new("images") else {
         return;

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 pub mod proto {
     include!(concat!(env!("OUT_DIR"), "/messages.rs"));
 }
-use proto::containerd::runc::v1::Options;
+use proto::containerd::runc::v1::{CheckpointOptions, Options};
 use proto::containerd::task::v2 as task;
 use proto::containerd::types::Mount;
 use proto::coracle::shim::v1 as private;
@@ -34,7 +34,7 @@ pub const TASK: &str = "containerd.task.v2.Task";
 pub const PRIVATE: &str = "coracle.shim.v1.Shim";
 
 /// Past libtest's capture, in the form that .ci/totals counts.
-fn say_skipped(why: &str) {
+pub fn say_skipped(why: &str) {
     use std::io::Write as _;
     let _ = write!(std::io::stdout(), "\nSKIP shim: {why}\n");
 }
@@ -355,6 +355,23 @@ impl Pod {
                 all: false,
             },
         )
+    }
+
+    /// Into a directory of images; the processes end by it.
+    pub fn checkpoint(&mut self, container: &str, images: &Path) -> Result<(), Refused> {
+        let options = CheckpointOptions {
+            exit: true,
+            ..Default::default()
+        };
+        let request = task::CheckpointTaskRequest {
+            id: self.id(container),
+            path: images.display().to_string(),
+            options: Some(Any {
+                type_url: "containerd.runc.v1.CheckpointOptions".to_owned(),
+                value: options.encode_to_vec(),
+            }),
+        };
+        self.client.call::<()>("Checkpoint", &request)
     }
 
     pub fn delete(&mut self, container: &str, exec: &str) -> Result<task::DeleteResponse, Refused> {
