@@ -344,11 +344,8 @@ impl Child<'_> {
         if self.namespaces.user {
             init::become_root()?;
         }
-        if self.namespaces.staged
-            && let Side::Parent { pid, pidfd } = launch::clone(libc::CLONE_PARENT as u64, None)?
-        {
-            channel.report_clone(pid, pidfd.as_fd())?;
-            exit_now(0)
+        if self.namespaces.staged {
+            clone_sibling(channel)?;
         }
         let labels = LabelFiles::open(plan, proc.as_ref())?;
         init::new_session()?;
@@ -373,4 +370,19 @@ impl Child<'_> {
         channel.wait()?;
         init::execute(plan, &file, home)
     }
+}
+
+/// Stage: clones the process as its own sibling and ends; returns in the clone only, once the stage
+/// has told of it: what the clone asks for must not come first.
+fn clone_sibling(channel: &Channel) -> Result<()> {
+    let (ended, held) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map_err(|error| Error::system("pipe2", "", error))?;
+    if let Side::Parent { pid, pidfd } = launch::clone(libc::CLONE_PARENT as u64, None)? {
+        channel.report_clone(pid, pidfd.as_fd())?;
+        exit_now(0)
+    }
+    drop(held);
+    rustix::io::retry_on_intr(|| rustix::io::read(&ended, &mut [0u8; 1]))
+        .map(drop)
+        .map_err(|error| Error::system("read", "the stage's pipe", error))
 }
