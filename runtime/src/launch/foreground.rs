@@ -103,10 +103,12 @@ impl Signals {
         notify: Option<&NotifySocket>,
     ) -> Result<u8> {
         let signals = self.open()?;
-        let _raw = RawMode::enter();
-        follow_size(master.as_fd());
         set_nonblocking(master.as_fd())?;
         let mut bridge = Bridge::new(master);
+        // What was typed before means what it did then: in raw mode a ^D would be a zero byte.
+        bridge.read_typed_ahead();
+        let _raw = RawMode::enter();
+        follow_size(master.as_fd());
         loop {
             if let Some(status) = try_reap(pid)? {
                 bridge.drain();
@@ -213,6 +215,15 @@ impl<'a> Bridge<'a> {
             self.copy_output();
         }
         Ok(())
+    }
+
+    fn read_typed_ahead(&mut self) {
+        let stdin = rustix::stdio::stdin();
+        let mut fds = [PollFd::from_borrowed_fd(stdin, PollFlags::IN)];
+        let now = rustix::event::Timespec::default();
+        if poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0) {
+            self.read_input();
+        }
     }
 
     fn read_input(&mut self) {
