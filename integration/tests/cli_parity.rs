@@ -554,3 +554,120 @@ fn command_lines_get_runcs_answers() -> Result<()> {
     );
     bench.finish()
 }
+
+#[test]
+fn logs_are_runcs() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let runc = bench.peer("runc")?.context("runc: see .ci/deps")?;
+    let coracle = bench.coracle()?;
+    let log = bench.dir.join("log");
+    let path = log.display().to_string();
+    for format in ["text", "json"] {
+        let flags = ["--log", &path, "--log-format", format];
+        let told = |runtime: &Runtime| -> Result<(String, String)> {
+            let mut stderr = String::new();
+            for line in [&["state", "a\"b"][..], &["exec", "nope", "x"]] {
+                stderr += &runtime.refused(&[&flags, line].concat())?;
+            }
+            let text = std::fs::read_to_string(&log)?;
+            std::fs::remove_file(&log)?;
+            Ok((without_times(&without_pids(&text)), stderr))
+        };
+        let (runc, coracle) = (told(&runc)?, told(&coracle)?);
+        ensure!(runc == coracle, "{format}:\n{runc:?}\n{coracle:?}");
+        ensure!(coracle.0.lines().count() == 2, "{coracle:?}");
+    }
+    // What a command does is told only when asked.
+    let id = format!("{}-debug", bench.mark);
+    let bundle = bench.bundle("b", &bench.config(&id, &["true"]))?;
+    let bundle = bundle.display().to_string();
+    for (flag, some) in [("--debug=false", false), ("--debug", true)] {
+        let flags = ["--log", &path, "--log-format", "json", flag];
+        coracle.run(&[&flags[..], &["run", "-b", &bundle, &id]].concat())?;
+        let text = std::fs::read_to_string(&log)?;
+        std::fs::remove_file(&log)?;
+        ensure!(
+            text.contains("{\"level\":\"debug\",") == some,
+            "{flag}: {text}"
+        );
+    }
+    bench.finish()
+}
+
+#[test]
+fn spec_is_runcs_but_for_its_names() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let runc = bench.peer("runc")?.context("runc: see .ci/deps")?;
+    let coracle = bench.coracle()?;
+    for flags in [&[][..], &["--rootless"]] {
+        let written = |runtime: &Runtime| -> Result<serde_json::Value> {
+            let dir = bench.dir.join("spec");
+            std::fs::create_dir(&dir)?;
+            let bundle = dir.display().to_string();
+            runtime.run(&[&["spec", "--bundle", &bundle], flags].concat())?;
+            let text = std::fs::read(dir.join("config.json"))?;
+            std::fs::remove_dir_all(&dir)?;
+            Ok(serde_json::from_slice(&text)?)
+        };
+        let (mut want, mut have) = (written(&runc)?, written(&coracle)?);
+        for (pointer, runcs, ours) in [
+            ("/hostname", "runc", "coracle"),
+            // The newest spec that each understands.
+            ("/ociVersion", "1.0.2-dev", "1.3.0"),
+        ] {
+            let value = |config: &mut serde_json::Value| {
+                config.pointer_mut(pointer).map(serde_json::Value::take)
+            };
+            ensure!(value(&mut want) == Some(runcs.into()), "{pointer}");
+            ensure!(value(&mut have) == Some(ours.into()), "{pointer}");
+        }
+        // 1.1 asked for ambient capabilities that need inheritable ones, which it did not give.
+        let sets = want.pointer_mut("/process/capabilities");
+        let sets = sets.and_then(|sets| sets.as_object_mut());
+        ensure!(sets.is_some_and(|sets| sets.remove("ambient").is_some()));
+        ensure!(want == have, "{flags:?}:\n{want:#}\n{have:#}");
+    }
+    bench.finish()
+}
+
+/// A user's containers are under $XDG_RUNTIME_DIR, in a directory that cleaners leave alone.
+#[test]
+fn users_root_is_made_in_the_runtime_directory() -> Result<()> {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt, chown};
+    need_root!();
+    let bench = Bench::new()?;
+    std::fs::set_permissions(&bench.dir, PermissionsExt::from_mode(0o755))?;
+    let runtime_dir = bench.dir.join("run");
+    std::fs::create_dir(&runtime_dir)?;
+    chown(&runtime_dir, Some(1234), Some(1234))?;
+    let program = bench.dir.join("coracle");
+    std::fs::copy(coracle_integration::binaries::coracle()?, &program)?;
+    let list = |args: &[&str], runtime_dir: &std::path::Path| {
+        std::process::Command::new("setpriv")
+            .args(["--reuid=1234", "--regid=1234", "--clear-groups"])
+            .arg(&program)
+            .args(args)
+            .arg("list")
+            .env("XDG_RUNTIME_DIR", runtime_dir)
+            .current_dir("/")
+            .output()
+    };
+    let output = list(&[], &runtime_dir)?;
+    ensure!(output.status.success(), "{output:?}");
+    let root = std::fs::metadata(runtime_dir.join("coracle"))?;
+    ensure!(root.mode() & 0o7777 == 0o1700 && root.uid() == 1234);
+    // One that was asked for is the caller's to make.
+    let other = bench.dir.join("other").display().to_string();
+    let output = list(&["--root", &other], &runtime_dir)?;
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    for root in ["/", "..", "/a/.."] {
+        let output = list(&["--root", root], &runtime_dir)?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(1), "{output:?}");
+        let want = "Option --root argument should not be set to /";
+        ensure!(text.contains(want), "{root}: {text}");
+    }
+    bench.finish()
+}
