@@ -596,6 +596,10 @@ fn all_again_in_a_private_v2_view() {
     if skipped("all_again_in_a_private_v2_view") || std::env::var_os(V2_VIEW).is_some() {
         return;
     }
+    if matches!(cgroup::detect().unwrap(), CgroupMode::V2 { .. }) {
+        // The tests of this very run have that view.
+        return;
+    }
     let script = "umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec \"$0\"";
     let status = Command::new("unshare")
         .args(["-m", "--propagation", "private", "sh", "-c", script])
