@@ -3,7 +3,7 @@
 //! | mount                          | name in the images       | on restore               |
 //! |--------------------------------|--------------------------|--------------------------|
 //! | bind mount                     | its place, links followed| its source in the bundle |
-//! | v1 hierarchy without namespace | its place                | the container's cgroup   |
+//! | bind mount of the cgroup       | its place                | the container's cgroup   |
 //! | masked file                    | /dev/null                | /dev/null                |
 //! | device bound into a userns     | its place                | the host's device        |
 
@@ -40,8 +40,9 @@ pub fn of_running(plan: &Plan, pid: i32) -> Result<Vec<ExternalMount>> {
                     place_in(&root, &step.target)?.unwrap_or_else(|| absolute(&step.target));
                 mounts.push(named(place.clone(), place));
             }
-            kind => {
-                mounts.extend(hierarchies(step, kind).map(|(place, _)| named(place.clone(), place)))
+            _ => {
+                let bound = cgroups(plan, step).into_iter();
+                mounts.extend(bound.map(|(place, _)| named(place.clone(), place)));
             }
         }
     }
@@ -62,7 +63,10 @@ pub fn of_bundle(plan: &Plan, places: &[String]) -> Vec<ExternalMount> {
             MountKind::Bind(source) => {
                 mounts.push(named(place.clone(), real(&source.path)));
             }
-            kind => mounts.extend(hierarchies(step, kind).map(|(place, from)| named(place, from))),
+            _ => {
+                let bound = cgroups(plan, step).into_iter();
+                mounts.extend(bound.map(|(place, from)| named(place, from)));
+            }
         }
     }
     if !plan.masked_paths.is_empty() {
@@ -88,21 +92,28 @@ pub fn absolute(target: &CStr) -> String {
     format!("/{}", target.to_string_lossy())
 }
 
-/// The place and the source of each v1 hierarchy that is bound, not mounted.
-fn hierarchies(step: &MountStep, kind: &MountKind) -> impl Iterator<Item = (String, String)> {
-    let bound = match kind {
+/// The place and the source of each cgroup mount that is a bind mount of the container's cgroup:
+/// v1 hierarchies, and cgroup2 in a user namespace, which may mount none of a namespace that it
+/// does not own.
+fn cgroups(plan: &Plan, step: &MountStep) -> Vec<(String, String)> {
+    let place = absolute(&step.target);
+    let text = |path: &CStr| path.to_string_lossy().into_owned();
+    match &step.kind {
         MountKind::CgroupV1 {
             hierarchies,
             namespaced: false,
             ..
-        } => hierarchies.as_slice(),
-        _ => &[],
-    };
-    bound.iter().map(|hierarchy| {
-        let name = hierarchy.name.to_string_lossy();
-        let place = format!("{}/{name}", absolute(&step.target));
-        (place, hierarchy.directory.to_string_lossy().into_owned())
-    })
+        } => hierarchies
+            .iter()
+            .map(|one| (format!("{place}/{}", text(&one.name)), text(&one.directory)))
+            .collect(),
+        MountKind::CgroupV2 {
+            directory,
+            namespaced: false,
+            ..
+        } if plan.namespaces.has_user() => vec![(place, text(directory))],
+        _ => Vec::new(),
+    }
 }
 
 /// The place and the source of each device that is bound, not made.
