@@ -13,7 +13,7 @@ use crate::crictl::Config;
 use crate::{binaries, wait_for};
 
 /// How long a process may take to count, where everything is emulated.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Counts in /tmp/count, which the host sees in the root of the bundle.
 pub const COUNT: &str =

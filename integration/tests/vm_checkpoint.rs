@@ -15,7 +15,7 @@ use coracle_integration::criu::{COUNT, Subject, missing, namespace};
 use coracle_integration::{need_root, skip, wait_for};
 use serde_json::json;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 macro_rules! need_criu {
     ($feature:expr) => {
