@@ -273,22 +273,13 @@ impl Child<'_> {
         let joins = cgroup.self_join()?;
         let (mine, theirs) = Channel::pair()?;
         let staged = self.namespaces.staged;
-        let own = if self.namespaces.pid && !staged {
-            Some(self.enter_pid_namespace()?)
-        } else {
-            None
-        };
+        if self.namespaces.pid && !staged {
+            self.enter_pid_namespace()?;
+        }
         let side = launch::clone(0, target.as_ref().map(AsFd::as_fd));
         if let Ok(Side::Child) = side {
             drop(mine);
             self.run(&joins, &theirs)
-        }
-        if let Some(own) = own {
-            init::enter(
-                c"/proc/self/ns/pid",
-                coracle_oci::spec::LinuxNamespaceType::Pid,
-                &own,
-            )?;
         }
         drop(theirs);
         match side? {
@@ -301,14 +292,11 @@ impl Child<'_> {
         }
     }
 
-    /// Takes effect for children only; the namespace to come back to is given back.
-    fn enter_pid_namespace(&self) -> Result<OwnedFd> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let own = rustix::fs::open(c"/proc/self/ns/pid", flags, Mode::empty())
-            .map_err(|error| Error::system("open", "/proc/self/ns/pid", error))?;
+    /// Takes effect for children only, and exec has but one: there is no coming back, which a
+    /// caller in a user namespace, as under rootless podman, would have no right to.
+    fn enter_pid_namespace(&self) -> Result<()> {
         rustix::thread::move_into_thread_name_spaces(self.init, ThreadNameSpaceType::PROCESS_ID)
-            .map_err(|error| Error::system("setns(CLONE_NEWPID)", "the container's init", error))?;
-        Ok(own)
+            .map_err(|error| Error::system("setns(CLONE_NEWPID)", "the container's init", error))
     }
 
     fn run(&self, joins: &[OwnedFd], channel: &Channel) -> ! {
@@ -344,8 +332,11 @@ impl Child<'_> {
         if self.namespaces.user {
             init::become_root()?;
         }
-        if self.namespaces.staged {
-            clone_sibling(channel)?;
+        if self.namespaces.staged
+            && let Side::Parent { pid, pidfd } = launch::clone(libc::CLONE_PARENT as u64, None)?
+        {
+            channel.report_clone(pid, pidfd.as_fd())?;
+            exit_now(0)
         }
         let labels = LabelFiles::open(plan, proc.as_ref())?;
         init::new_session()?;
@@ -370,19 +361,4 @@ impl Child<'_> {
         channel.wait()?;
         init::execute(plan, &file, home)
     }
-}
-
-/// Stage: clones the process as its own sibling and ends; returns in the clone only, once the stage
-/// has told of it: what the clone asks for must not come first.
-fn clone_sibling(channel: &Channel) -> Result<()> {
-    let (ended, held) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-        .map_err(|error| Error::system("pipe2", "", error))?;
-    if let Side::Parent { pid, pidfd } = launch::clone(libc::CLONE_PARENT as u64, None)? {
-        channel.report_clone(pid, pidfd.as_fd())?;
-        exit_now(0)
-    }
-    drop(held);
-    rustix::io::retry_on_intr(|| rustix::io::read(&ended, &mut [0u8; 1]))
-        .map(drop)
-        .map_err(|error| Error::system("read", "the stage's pipe", error))
 }

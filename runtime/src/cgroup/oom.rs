@@ -107,16 +107,10 @@ impl<'a> OomWatch<'a> {
     fn look(&mut self) -> Seen {
         // Reading them arms the next event.
         let mut ended = false;
-        let mut counted = None;
         for fd in &self.v2 {
             let text = rustix::fs::seek(fd, SeekFrom::Start(0)).and_then(|_| read_fd(fd.as_fd()));
             ended |= match text {
-                Ok(text) => {
-                    // Not by path: systemd removes the cgroup of a container that has ended.
-                    let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-                    counted = counted.or(count.and_then(|count| count.parse().ok()));
-                    text.lines().any(|line| line == "populated 0")
-                }
+                Ok(text) => text.lines().any(|line| line == "populated 0"),
                 Err(_) => true,
             };
         }
@@ -126,7 +120,7 @@ impl<'a> OomWatch<'a> {
             let place = self.cgroup.place_of("memory");
             ended |= !place.is_some_and(|place| place.path.exists());
         }
-        let kills = counted.unwrap_or_else(|| self.cgroup.oom_kills().unwrap_or(self.kills));
+        let kills = self.cgroup.oom_kills().unwrap_or(self.kills);
         let oom_kills = kills.saturating_sub(self.kills);
         self.kills = kills.max(self.kills);
         Seen { oom_kills, ended }

@@ -49,6 +49,9 @@ pub struct NamespacePlan {
     pub new_network: bool,
     /// Made by the parent while the child mounts: see `crate::launch::network`.
     pub network_apart: bool,
+    /// Whether the runtime can leave the host's namespaces and come back: not from inside a user
+    /// namespace, as under rootless podman, which does not own them.
+    pub returns: bool,
     pub new_pid: bool,
     pub uid_map: String,
     pub gid_map: String,
@@ -81,7 +84,8 @@ impl NamespacePlan {
         // Devices move to where the child is from the first.
         let devices = linux.and_then(|linux| linux.net_devices().as_ref());
         let devices = devices.is_some_and(|devices| !devices.is_empty());
-        plan.network_apart = plan.new_network && !plan.has_user() && !devices;
+        plan.returns = !host.in_user_namespace;
+        plan.network_apart = plan.new_network && !plan.has_user() && !devices && plan.returns;
         if plan.network_apart {
             plan.clone_flags &= !namespace_flag(Kind::Network);
         }
@@ -116,7 +120,8 @@ impl NamespacePlan {
 
     /// Whether the join has to happen before the clone, in a process of its own.
     pub fn needs_stage(&self) -> bool {
-        self.has_user() && !self.joins.is_empty()
+        let pid = |join: &JoinStep| join.kind == Kind::Pid;
+        !self.joins.is_empty() && (self.has_user() || (!self.returns && self.joins.iter().any(pid)))
     }
 
     /// Whether the child has to be told to go on before it enters its last namespaces and mounts
