@@ -3,6 +3,7 @@
 //! wants done. It never changes anything that a command does not name.
 #![forbid(unsafe_code)]
 
+mod attempt;
 mod load;
 mod net;
 mod show;
@@ -12,12 +13,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 const USAGE: &str = "probe [command]
-  show                        what this process sees, as JSON (the default)
+  show [PATH...]              what this process sees, and each PATH, as JSON (the default)
   true                        exit 0
   exit CODE                   exit CODE
   sleep SECONDS               sleep, then exit 0
   euid                        print `Effective uid: N` (also when called as nnp)
   write FILE TEXT             write TEXT and a newline to FILE
+  drain FILE TEXT             read stdin to its end, then write as `write` does
   sink                        read stdin to its end, print the byte count and the sha256
   source BYTES                write BYTES pseudo-random bytes to stdout
   lines COUNT MICROSECONDS    print numbered lines, COUNT 0 for ever
@@ -58,8 +60,9 @@ fn main() -> ExitCode {
 
 fn run(args: &[&str]) -> anyhow::Result<u8> {
     match args {
-        [] | ["show"] => {
-            let text = serde_json::to_string_pretty(&show::everything())?;
+        [] => return run(&["show"]),
+        ["show", paths @ ..] => {
+            let text = serde_json::to_string_pretty(&show::everything(paths))?;
             print(&format!("{text}\n"))?;
         }
         ["true"] => {}
@@ -69,6 +72,10 @@ fn run(args: &[&str]) -> anyhow::Result<u8> {
             "Effective uid: {}\n",
             rustix::process::geteuid().as_raw()
         ))?,
+        ["drain", file, text] => {
+            std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink())?;
+            std::fs::write(file, format!("{text}\n"))?;
+        }
         ["write", file, text] => std::fs::write(file, format!("{text}\n"))?,
         ["sink"] => load::sink()?,
         ["source", bytes] => load::source(bytes.parse()?)?,

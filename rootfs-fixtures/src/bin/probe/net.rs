@@ -33,7 +33,7 @@ fn answer(mut stream: TcpStream, text: Option<&str>) -> std::io::Result<()> {
     }
     let path = request.split(' ').nth(1).unwrap_or("/");
     let body = match (path, text) {
-        ("/show", _) => format!("{:#}\n", super::show::everything()),
+        ("/show", _) => format!("{:#}\n", super::show::everything(&[])),
         ("/peer", _) => format!("{}\n", stream.peer_addr()?.ip()),
         (_, Some(text)) => format!("{text}\n"),
         (_, None) => format!("probe {} {path}\n", super::show::hostname()),

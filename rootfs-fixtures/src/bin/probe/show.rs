@@ -8,8 +8,21 @@ use nix::sched::CloneFlags;
 use serde_json::{Value, json};
 
 const NAMESPACES: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
+/// What belongs to a namespace, so that a config may set it.
+const SYSCTLS: [&str; 10] = [
+    "fs/mqueue/msg_max",
+    "fs/mqueue/queues_max",
+    "kernel/domainname",
+    "kernel/msgmax",
+    "kernel/sem",
+    "kernel/shm_rmid_forced",
+    "net/core/somaxconn",
+    "net/ipv4/ip_forward",
+    "net/ipv4/ip_unprivileged_port_start",
+    "net/ipv4/ping_group_range",
+];
 
-pub fn everything() -> Value {
+pub fn everything(paths: &[&str]) -> Value {
     // First of all, before any file is opened here.
     let fds = descriptors();
     let status = status();
@@ -21,7 +34,7 @@ pub fn everything() -> Value {
                 .collect()
         })
     };
-    json!({
+    let mut seen = json!({
         "pid": std::process::id(),
         "ppid": std::os::unix::process::parent_id(),
         "args": std::env::args().collect::<Vec<_>>(),
@@ -63,7 +76,15 @@ pub fn everything() -> Value {
         "devices": directory("/dev"),
         "root": directory("/"),
         "timensOffsets": lines("/proc/self/timens_offsets"),
-    })
+    });
+    seen["nodes"] = nodes("/dev");
+    seen["nice"] = stat_field(18);
+    seen["scheduling"] = stat_field(40);
+    seen["sysctls"] = sysctls();
+    seen["terminal"] = terminal().trim_end().into();
+    seen["attempts"] = super::attempt::all();
+    seen["paths"] = super::attempt::paths(paths);
+    seen
 }
 
 pub fn hostname() -> String {
@@ -117,6 +138,29 @@ fn directory(path: &str) -> Value {
         .collect();
     names.sort();
     names.into()
+}
+
+/// Everything directly below a directory, as `file` describes it.
+fn nodes(path: &str) -> Value {
+    let Ok(entries) = fs::read_dir(path) else {
+        return Value::Null;
+    };
+    entries
+        .flatten()
+        .map(|e| {
+            let name = e.file_name().to_string_lossy().into_owned();
+            (name, super::attempt::description(&e.path()).into())
+        })
+        .collect::<serde_json::Map<_, _>>()
+        .into()
+}
+
+fn sysctls() -> Value {
+    SYSCTLS
+        .iter()
+        .map(|name| ((*name).to_owned(), read(&format!("/proc/sys/{name}"))))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
 }
 
 fn mounts() -> Value {
