@@ -11,6 +11,10 @@
 //! world      all of it for one test, and the check that nothing was left behind
 //! leak       what a machine holds: mounts, links, rules, cgroups, processes, files
 //! bundle     OCI bundles for tests of the runtime's command line
+//! generated  bundles from a grammar of config features, each from its seed
+//! differ     what two runtimes make of the same bundle, and where they differ
+//! stage      what an engine of somebody else runs on: namespaces, registry, leak check
+//! terminal   a program on a pseudoterminal
 //! vm         a guest with cgroup v2, systemd, AppArmor and CRIU
 //! sweep      a fault at every system call of a runtime's command
 //! cve        what attacked container runtimes once, against any of them
@@ -23,11 +27,15 @@ pub mod crictl;
 pub mod criu;
 pub mod cve;
 pub mod daemon;
+pub mod differ;
+pub mod generated;
 pub mod isolation;
 pub mod leak;
 pub mod process;
 pub mod registry;
+pub mod stage;
 pub mod sweep;
+pub mod terminal;
 pub mod vm;
 pub mod world;
 
