@@ -288,3 +288,26 @@ fn joined_mount_namespace_cannot_fake_the_kernels_files() -> Result<()> {
     drop(holder);
     bench.finish()
 }
+
+/// What joins a user namespace is cloned by a stage: the first word must be the stage's, and the
+/// root that only the parent reaches is asked for at once.
+#[test]
+fn container_of_a_stage_is_heard_after_it() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let holders = Holders::start()?;
+    let mut mix = [Origin::Made; 8];
+    mix[0] = Origin::Joined;
+    let bundle = bench.bundle("n", &config(&bench, &mix, &holders))?;
+    let busybox = binaries::installed("busybox").context("busybox is not installed: make deps")?;
+    std::fs::copy(busybox, bundle.join("rootfs/bin/busybox"))?;
+    let closed = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    std::fs::set_permissions(&bundle, closed)?;
+    let held = std::fs::read_link(holders.path("user"))?;
+    for _ in 0..20 {
+        let seen = seen(&bench.coracle()?, &bundle)?;
+        ensure!(seen["user"] == held, "{seen:?} {held:?}");
+    }
+    drop(holders);
+    bench.finish()
+}
