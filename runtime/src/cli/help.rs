@@ -160,7 +160,7 @@ pub(super) fn is_number(arg: &Arg) -> bool {
 fn described(arg: &Arg) -> String {
     let mut text = plain(arg.get_long_help().or_else(|| arg.get_help()), "").replace('\n', " ");
     let default = arg.get_default_values().first();
-    if let Some(default) = default.filter(|_| !is_switch(arg)) {
+    if let Some(default) = default.filter(|text| !is_switch(arg) && !text.is_empty()) {
         let default = default.to_string_lossy();
         let _ = match value_type(arg) == "string" {
             true => write!(text, " (default: \"{default}\")"),

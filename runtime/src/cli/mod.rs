@@ -457,6 +457,8 @@ mod tests {
         for part in want {
             assert!(text.contains(part), "{part:?} in\n{text}");
         }
+        let text = help::text(&definitions(), Some("checkpoint"), "runc");
+        assert!(!text.contains("(default: \"\")"), "{text}");
         let text = help::text(&definitions(), None, "runc");
         assert!(text.starts_with("NAME:\n   runc - Open Container Initiative runtime\n\n"));
         assert!(text.contains("\n   --help, -h           show help\n   --version, -v "));
