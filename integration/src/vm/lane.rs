@@ -22,6 +22,10 @@ const ARTEFACTS: &str = "/run/artefacts";
 /// Where it puts the programs, on a disk of its own: they are executed again and again.
 const PROGRAMS: &str = "/opt/coracle";
 
+/// Said in libtest's name for an executable that did not come to its own.
+const FAILED: &str =
+    "test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out";
+
 pub struct Lane {
     /// Output of `cargo test --no-run --message-format=json`.
     pub tests: PathBuf,
@@ -110,7 +114,15 @@ impl Lane {
         let mut said = Said::default();
         let ended = guest.exec(request, left + Duration::from_secs(30), &mut |_, bytes| {
             said.pass_on(bytes)
-        })?;
+        });
+        let ended = match ended {
+            Ok(ended) => ended,
+            Err(error) => {
+                // Counted like any test that did not end; there is no guest for those to come.
+                println!("\n{FAILED}");
+                return Err(error.context(name.to_owned()));
+            }
+        };
         totals.passed += said.passed;
         totals.failed += said.failed;
         // libtest ends with 101 and a result line when tests failed; anything else is no result.
@@ -118,9 +130,7 @@ impl Lane {
         if !counted {
             totals.failed += 1;
             println!("\n{name}: {ended:?} in the guest, last said: {}", said.last);
-            println!(
-                "test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out"
-            );
+            println!("{FAILED}");
         } else if ended != Ended::Code(0) && said.failed == 0 {
             bail!("{name} ended with {ended:?} and named no failed test");
         }
