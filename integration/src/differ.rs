@@ -234,7 +234,7 @@ impl Ground {
         };
         if let Ok(mut view) = serde_json::from_str::<Value>(document) {
             self.normalise(&mut view)?;
-            return Ok(json!({"code": code, "sees": view}));
+            return Ok(json!({"code": code, "sees": view, "": error.trim()}));
         }
         // On a terminal both are one, with the colours of some.
         if code != Some(0) && error.is_empty() {

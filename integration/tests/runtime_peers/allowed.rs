@@ -510,6 +510,12 @@ pub const ALLOWED: &[Allowed] = &[
         &[ONLY_OURS],
         "runc does not look",
     ),
+    allow(
+        "crun",
+        "hook that fails",
+        &[ONLY_THEIRS],
+        "a poststart hook that fails ends the container, as under runc",
+    ),
     // --- crun 1.8.1: configs that it does not check
     allow(
         "crun",
