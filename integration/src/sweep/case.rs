@@ -328,9 +328,11 @@ fn view(text: &str) -> Result<Value> {
                 || key == "Groups"
         });
     }
-    // Ids of mounts' devices and the case's name are in these.
-    let text = serde_json::to_string(&seen)?;
-    Ok(serde_json::from_str(&text)?)
+    // Which there are, not where they lead: the outputs are other files each time.
+    if let Some(fds) = map.get_mut("fds").and_then(Value::as_object_mut) {
+        fds.values_mut().for_each(|fd| *fd = Value::Null);
+    }
+    Ok(seen)
 }
 
 fn compare(want: &Value, seen: &Value) -> Result<()> {

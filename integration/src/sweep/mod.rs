@@ -256,9 +256,9 @@ const CANNOT_FAIL: [&str; 20] = [
     "umask",
 ];
 
-/// Calls of a program's start, before it could say anything: execve and the C library's. The
-/// runtime executes itself once more early on.
-const START_UP: usize = 30;
+/// Calls before a program's main(), which can say nothing but panic: execve, the C library's, and
+/// the Rust library's own stack and signals. The runtime executes itself once more early on.
+const START_UP: usize = 42;
 
 impl Calls {
     /// From a log of `strace -f -o`: `PID CALL(...`, with `<unfinished ...>` and `resumed` apart.
