@@ -8,6 +8,7 @@ CARGO            ?= cargo
 TARGET           := $(shell uname -m)-unknown-linux-gnu
 CARGO_TARGET_DIR ?= target
 RELEASE          := $(CARGO_TARGET_DIR)/$(TARGET)/release
+SMALL            := $(CARGO_TARGET_DIR)/$(TARGET)/small
 OUT              := $(CARGO_TARGET_DIR)/release
 CORACLE_COMMIT   ?= $(shell git describe --always --dirty --abbrev=40 2>/dev/null)
 DESTDIR          ?=
@@ -42,9 +43,12 @@ help:
 
 # The commit is told to `coracle --version` alone.
 build:
-	CORACLE_COMMIT="$(CORACLE_COMMIT)" $(CARGO) build --locked --release --bins -p coracle -p coracle-shim -p coracle-cri
+	CORACLE_COMMIT="$(CORACLE_COMMIT)" $(CARGO) build --locked --profile small --bins -p coracle
+	$(CARGO) build --locked --release --bins -p coracle-shim -p coracle-cri
 	@mkdir -p $(OUT)
-	@for b in $(BINARIES); do ln -f $(RELEASE)/$$b $(OUT)/$$b || cp -f $(RELEASE)/$$b $(OUT)/$$b; done
+	@for b in $(BINARIES); do \
+	    case $$b in coracle) from=$(SMALL) ;; *) from=$(RELEASE) ;; esac; \
+	    ln -f $$from/$$b $(OUT)/$$b || cp -f $$from/$$b $(OUT)/$$b || exit 1; done
 	@ls -l $(addprefix $(OUT)/,$(BINARIES))
 
 # Programs that only tests, `make run` and `make bench` use.
