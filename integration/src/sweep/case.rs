@@ -328,6 +328,15 @@ fn view(text: &str) -> Result<Value> {
                 || key == "Groups"
         });
     }
+    // A node that mknod(2) is refused is bound from the host's /dev: the same device.
+    if let Some(mounts) = map.get_mut("mounts").and_then(Value::as_array_mut) {
+        let nodes = ["null", "zero", "full", "random", "urandom", "tty"];
+        mounts.retain(|mount| {
+            let target = mount["target"].as_str().unwrap_or_default();
+            let node = target.strip_prefix("/dev/");
+            !node.is_some_and(|node| nodes.contains(&node) && mount["root"] == format!("/{node}"))
+        });
+    }
     // Which there are, not where they lead: the outputs are other files each time.
     if let Some(fds) = map.get_mut("fds").and_then(Value::as_object_mut) {
         fds.values_mut().for_each(|fd| *fd = Value::Null);
