@@ -97,7 +97,7 @@ sweep: deps build tools
 	@$(RUN_ENV) $(OUT)/sweep $(if $(RUNTIME),--runtime $(RUNTIME)) $(SWEEP)
 
 # Apart, so that `make -k check` says all that is wrong at once.
-check: check-format check-lints check-units check-architecture check-dependencies fuzz
+check: check-format check-lints check-units check-architecture check-dependencies
 
 check-format:
 	$(CARGO) fmt --all -- --check

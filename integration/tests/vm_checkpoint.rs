@@ -113,9 +113,31 @@ fn own_network() -> String {
     format!("/proc/{}/task/{thread}/ns/net", std::process::id())
 }
 
+/// The firewall tables that are not there. CRIU bars a network with iptables, which leaves its
+/// tables behind, empty, in the network that the container shares with this test.
+fn absent_tables() -> Result<Vec<&'static str>> {
+    let mut absent = Vec::new();
+    for family in ["ip", "ip6"] {
+        if !nft(&["list", "table", family, "filter"])? {
+            absent.push(family);
+        }
+    }
+    Ok(absent)
+}
+
+fn nft(args: &[&str]) -> Result<bool> {
+    let mut command = Command::new("nft");
+    command
+        .args(args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    Ok(command.status().context("nft")?.success())
+}
+
 #[test]
 fn established_connection_outlives_the_checkpoint() -> Result<()> {
     need_criu!(None);
+    let absent = absent_tables()?;
     let bench = Bench::new()?;
     let namespaces = json!([
         {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"},
@@ -150,6 +172,9 @@ fn established_connection_outlives_the_checkpoint() -> Result<()> {
     // And it is the namespace that it was in.
     ensure!(namespace(container.pid()?, "net")? == network);
     container.delete()?;
+    for family in absent {
+        nft(&["delete", "table", family, "filter"])?;
+    }
     bench.finish()
 }
 
@@ -578,10 +603,19 @@ fn restore_that_fails_leaves_nothing() -> Result<()> {
     let hook = json!([{"path": "/bin/sh", "args": ["sh", "-c", "kill -9 $PPID"]}]);
     let killed = config.clone().set("/hooks/createRuntime", hook);
     killed.write(&container.bundle.join("config.json"))?;
+    let options = cgroup_options()?;
     container.restore_refused("images", &[])?;
     container.delete()?;
     container.is_gone()?;
     ensure!(container.file("/bin/busybox").is_file());
+    // What CRIU resets for the whole host, a runtime that is killed cannot put back.
+    if cgroup_options()? != options {
+        let remount = format!("remount,{options}");
+        let mounted = Command::new("mount")
+            .args(["-o", &remount, "/sys/fs/cgroup"])
+            .status()?;
+        ensure!(mounted.success(), "mount -o {remount}: {mounted}");
+    }
 
     // Images that are damaged.
     config.write(&container.bundle.join("config.json"))?;
@@ -598,6 +632,16 @@ fn restore_that_fails_leaves_nothing() -> Result<()> {
     container.is_gone()?;
     ensure!(leftovers()?.is_empty(), "{:?}", leftovers()?);
     bench.finish()
+}
+
+/// The options of the filesystem at /sys/fs/cgroup, as mountinfo has them.
+fn cgroup_options() -> Result<String> {
+    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let line = mountinfo
+        .lines()
+        .find(|line| line.split(' ').nth(4) == Some("/sys/fs/cgroup"))
+        .context("nothing is mounted at /sys/fs/cgroup")?;
+    Ok(line.rsplit(' ').next().unwrap_or_default().to_owned())
 }
 
 /// What CRIU makes in /tmp for itself.

@@ -9,6 +9,7 @@
 
 pub mod checkpoint;
 mod descriptors;
+mod host_cgroup;
 mod mounts;
 mod quote;
 pub mod restore;

@@ -19,6 +19,7 @@ use rustix::net::{
     Shutdown, SocketFlags, SocketType,
 };
 
+use super::host_cgroup::HostCgroup;
 use super::rpc::{Features, Notify, Request, RequestType, Response, Version};
 use crate::error::{Error, Kind, Result};
 
@@ -54,6 +55,8 @@ fn unexpected(what: String) -> Error {
 pub struct Swrk {
     child: Child,
     socket: Option<OwnedFd>,
+    /// Put back when CRIU has ended, and this with it.
+    _host: Option<HostCgroup>,
 }
 
 impl Swrk {
@@ -86,6 +89,7 @@ impl Swrk {
                 .stdout(Stdio::null())
                 .stderr(Stdio::null());
         }
+        let host = HostCgroup::read();
         let child = command.spawn().map_err(|error| {
             if error.raw_os_error() == Some(libc::ENOENT) {
                 return Error::new(
@@ -102,6 +106,7 @@ impl Swrk {
         Ok(Self {
             child,
             socket: Some(mine),
+            _host: host,
         })
     }
 
