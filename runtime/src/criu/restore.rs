@@ -94,7 +94,7 @@ pub fn restore(request: launch::Request<'_>, options: &Options, extra: &Extra) -
     let files = namespaces(&mut opts, &prepared.plan, criu)?;
 
     let store = Store::open(&global.root);
-    let intent = store.begin(&prepared.intent())?;
+    let intent = store.begin(&prepared.record.id, || prepared.intent())?;
     let mut undo = Undo::default();
     let attempt = Attempt {
         options,

@@ -194,7 +194,7 @@ impl Channel {
     /// Parent: go on. A child that is gone has left its reason to be read, or its end.
     pub fn proceed(&self) -> Result<()> {
         match self.send(b'C', &[]) {
-            Err(error) if error.errno() == Some(libc::EPIPE) => Ok(()),
+            Err(error) if is_gone(&error) => Ok(()),
             sent => sent,
         }
     }
@@ -247,7 +247,7 @@ impl Channel {
     /// reason to be read, or its end.
     pub fn send_network(&self, namespace: BorrowedFd<'_>) -> Result<()> {
         match self.send_fd(b'W', &[], namespace) {
-            Err(error) if error.errno() == Some(libc::EPIPE) => Ok(()),
+            Err(error) if is_gone(&error) => Ok(()),
             sent => sent,
         }
     }
@@ -291,6 +291,11 @@ impl Channel {
         });
         decode(&bytes[..received], fd)
     }
+}
+
+/// The other end is closed; a reset says so where it was closed with a message unread.
+fn is_gone(error: &Error) -> bool {
+    matches!(error.errno(), Some(libc::EPIPE | libc::ECONNRESET))
 }
 
 fn parent_is_gone() -> Error {

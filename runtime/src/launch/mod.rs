@@ -127,7 +127,7 @@ pub fn launch(request: Request<'_>) -> Result<Launched> {
     let global = request.global;
     let store = Store::open(&request.global.root);
     let prepared = prepare(request)?;
-    let intent = store.begin(&prepared.intent())?;
+    let intent = store.begin(&prepared.record.id, || prepared.intent())?;
     let mut undo = Undo::default();
     if notify::host().is_some()
         && let Err(error) = notify::make_directory(intent.entry())

@@ -81,8 +81,8 @@ impl Store {
     ///
     /// # Errors
     /// `Exists` if the id is taken; otherwise the state root cannot be written.
-    pub fn begin(&self, intent: &IntentRecord) -> Result<Intent> {
-        let dir = self.dir(&intent.id);
+    pub fn begin(&self, id: &ContainerId, intent: impl FnOnce() -> IntentRecord) -> Result<Intent> {
+        let dir = self.dir(id);
         match mkdir(&dir) {
             Ok(()) => {}
             Err(Errno::EXIST) => {
@@ -101,7 +101,7 @@ impl Store {
         let begun = Entry::open(dir.clone()).and_then(|entry| {
             let lock = entry.lock_file()?;
             let lock = lock.take(&entry)?;
-            let begun = Begun::now(intent)?;
+            let begun = Begun::now(&intent())?;
             entry.replace(INTENT, &begun)?;
             Ok(Intent {
                 entry,
@@ -506,7 +506,7 @@ mod tests {
         let (_dir, store) = store();
         let id = ContainerId::parse("a").unwrap();
         assert_eq!(store.list().unwrap_err().kind(), Kind::NotFound);
-        let begun = store.begin(&intent("a")).unwrap();
+        let begun = store.begin(&intent("a").id, || intent("a")).unwrap();
         assert_eq!(
             store.load(&id).unwrap_err().to_string(),
             "container does not exist"
@@ -527,8 +527,8 @@ mod tests {
     #[test]
     fn taken_id_is_refused() {
         let (_dir, store) = store();
-        let _held = store.begin(&intent("a")).unwrap();
-        let error = store.begin(&intent("a")).unwrap_err();
+        let _held = store.begin(&intent("a").id, || intent("a")).unwrap();
+        let error = store.begin(&intent("a").id, || intent("a")).unwrap_err();
         assert_eq!(error.kind(), Kind::Exists);
         assert_eq!(error.to_string(), "container with given ID already exists");
     }
@@ -537,7 +537,7 @@ mod tests {
     fn directories_are_private() {
         use std::os::unix::fs::PermissionsExt as _;
         let (_dir, store) = store();
-        let begun = store.begin(&intent("a")).unwrap();
+        let begun = store.begin(&intent("a").id, || intent("a")).unwrap();
         for path in [store.root(), begun.entry().path()] {
             assert_eq!(
                 std::fs::metadata(path).unwrap().permissions().mode() & 0o777,
@@ -549,7 +549,7 @@ mod tests {
     #[test]
     fn abandoned_creation_leaves_nothing() {
         let (_dir, store) = store();
-        let begun = store.begin(&intent("a")).unwrap();
+        let begun = store.begin(&intent("a").id, || intent("a")).unwrap();
         std::fs::write(begun.entry().path().join("other"), "x").unwrap();
         begun.abandon().unwrap();
         assert!(store.list().unwrap().is_empty());
@@ -558,7 +558,7 @@ mod tests {
     #[test]
     fn damaged_record_names_the_file() {
         let (_dir, store) = store();
-        let begun = store.begin(&intent("a")).unwrap();
+        let begun = store.begin(&intent("a").id, || intent("a")).unwrap();
         std::fs::write(begun.entry().path().join(STATE), "{").unwrap();
         let error = begun.entry().record().unwrap_err();
         assert!(error.to_string().ends_with("a/state.json"), "{error}");
@@ -567,7 +567,7 @@ mod tests {
     #[test]
     fn foreign_names_are_not_listed() {
         let (_dir, store) = store();
-        let begun = store.begin(&intent("a")).unwrap();
+        let begun = store.begin(&intent("a").id, || intent("a")).unwrap();
         std::fs::create_dir(store.root().join("no id")).unwrap();
         std::fs::write(store.root().join("file"), "").unwrap();
         assert_eq!(store.list().unwrap().len(), 1);

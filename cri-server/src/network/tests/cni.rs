@@ -184,6 +184,11 @@ fn detach_needs_neither_namespace_nor_conf_nor_cache() {
         // The bridge plugin itself leaves its masquerade rules when the namespace went first, so
         // the rest is looked at one by one.
         assert_eq!((host_local_leases(host).len(), cached(host)), (0, 0));
+        // The kernel takes the pod's end, and the host's with it, once it gets to the namespace.
+        let gone = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while !sh("ip -o link show type veth").is_empty() && std::time::Instant::now() < gone {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
         assert_eq!(sh("ip -o link show type veth"), "");
         assert!(!sh("iptables-save").contains("CNI-DN-"));
 
