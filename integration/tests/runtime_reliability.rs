@@ -88,7 +88,10 @@ fn commands_on_one_id_at_once() -> Result<()> {
     let (all, good) = *done.lock().map_err(|_| anyhow::anyhow!("panic"))?;
     println!("{all} commands, {good} of them succeeded");
     ensure!(good > 10, "only {good} of {all} commands succeeded");
-    ensure!(cgroups(&bench, "c").is_empty());
+    let left = cgroups(&bench, "c");
+    let members = |path: &PathBuf| std::fs::read_to_string(path.join("cgroup.procs"));
+    let members: Vec<_> = left.iter().map(members).collect();
+    ensure!(left.is_empty(), "{left:?} is left, with {members:?}");
     ensure!(!coracle.root.join("c").exists());
     bench.finish()
 }

@@ -62,8 +62,8 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
     match entry.record() {
         Ok(record) => delete_created(Container { entry, record }, args.force)?,
         Err(error) if error.kind() == Kind::NotFound => {
-            delete_unfinished(entry, &id, (args.force, Damage::None), global)?;
-            if !args.force {
+            let found = delete_unfinished(entry, &id, (args.force, Damage::None), global)?;
+            if found == Found::Unfinished && !args.force {
                 return Err(error);
             }
         }
@@ -188,12 +188,20 @@ enum Damage {
     Record,
 }
 
+/// What there was behind the lock of a container without a record.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Unfinished,
+    /// Its creator had come to the end meanwhile.
+    Created,
+}
+
 fn delete_unfinished(
     entry: Entry,
     id: &coracle_oci::ContainerId,
     (force, damage): (bool, Damage),
     global: &GlobalArgs,
-) -> Result<()> {
+) -> Result<Found> {
     let intent = known_intent(&entry, force, global)?;
     let lock = match entry.try_lock()? {
         Some(lock) => lock,
@@ -206,11 +214,18 @@ fn delete_unfinished(
             match lock_within(&entry, TIMEOUT) {
                 Ok(Some(lock)) => lock,
                 Ok(None) => return Err(locked(id.as_str())),
-                Err(error) if error.kind() == Kind::NotFound => return Ok(()),
+                Err(error) if error.kind() == Kind::NotFound => return Ok(Found::Unfinished),
                 Err(error) => return Err(error),
             }
         }
     };
+    if damage == Damage::None
+        && let Ok(record) = entry.record()
+    {
+        drop(lock);
+        delete_created(Container { entry, record }, force)?;
+        return Ok(Found::Created);
+    }
     // Written since, by a creator that got further than we saw.
     let intent = known_intent(&entry, force, global)?.or(intent);
     if let Some(intent) = &intent {
@@ -218,7 +233,7 @@ fn delete_unfinished(
     }
     entry.remove()?;
     drop(lock);
-    Ok(())
+    Ok(Found::Unfinished)
 }
 
 /// The intent, if there is one. By force, one that cannot be read is as good as none: the directory

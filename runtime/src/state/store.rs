@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use coracle_oci::ContainerId;
 use coracle_oci::record::{ContainerRecord, IntentRecord, ProcessRecord};
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::{Access, AtFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,10 @@ const LOCK: &str = "lock";
 const INTENT: &str = "intent.json";
 const STATE: &str = "state.json";
 const CONFIG: &str = "config.json";
+
+fn exists() -> Error {
+    Error::new(Kind::Exists, "container with given ID already exists", "")
+}
 
 /// No container: the text that engines match.
 pub(super) fn does_not_exist() -> Error {
@@ -86,11 +90,7 @@ impl Store {
         match mkdir(&dir) {
             Ok(()) => {}
             Err(Errno::EXIST) => {
-                return Err(Error::new(
-                    Kind::Exists,
-                    "container with given ID already exists",
-                    "",
-                ));
+                return Err(exists());
             }
             Err(Errno::NOENT) => {
                 make_root(&self.root)?;
@@ -98,21 +98,34 @@ impl Store {
             }
             Err(errno) => return Err(failed("mkdir", &dir, errno)),
         }
-        let begun = Entry::open(dir.clone()).and_then(|entry| {
-            let lock = entry.lock_file()?;
-            let lock = lock.take(&entry)?;
+        let entry = Entry::open(dir.clone()).inspect_err(|_| {
+            let _ = std::fs::remove_dir(&dir);
+        })?;
+        let claim = || {
+            let lock = entry.lock_file()?.take(&entry)?;
+            // The directory that we made may be gone, and the one at its path another's, who had
+            // the lock before us.
+            if entry.has(INTENT) || entry.has(STATE) {
+                return Err(exists());
+            }
             let begun = Begun::now(&intent())?;
             entry.replace(INTENT, &begun)?;
-            Ok(Intent {
+            Ok((lock, begun.creator))
+        };
+        match claim() {
+            Ok((lock, creator)) => Ok(Intent {
                 entry,
                 lock,
-                creator: begun.creator,
-            })
-        });
-        begun.inspect_err(|_| {
-            // Nothing has been done yet: the claim may go without a trace.
-            let _ = std::fs::remove_dir_all(&dir);
-        })
+                creator,
+            }),
+            // A delete was faster. At the path there may be the claim of another by now.
+            Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Exists) => Err(error),
+            Err(error) => {
+                // Nothing has been done yet: the claim may go without a trace.
+                let _ = entry.remove();
+                Err(error)
+            }
+        }
     }
 
     /// The directory of a container, created or being created.
@@ -288,11 +301,22 @@ impl Entry {
         }
         match rustix::fs::rmdir(&self.path) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
+            // Another was faster, and the id has a new owner.
+            Err(Errno::NOTEMPTY | Errno::EXIST) if !self.is_at_its_path() => Ok(()),
             // Files of other owners: the notify socket, interrupted writes.
             Err(Errno::NOTEMPTY | Errno::EXIST) => std::fs::remove_dir_all(&self.path)
                 .map_err(|error| Error::system("rmdir", self.path.display().to_string(), error)),
             Err(errno) => Err(failed("rmdir", &self.path, errno)),
         }
+    }
+
+    fn has(&self, name: &str) -> bool {
+        rustix::fs::accessat(&self.fd, name, Access::EXISTS, AtFlags::empty()).is_ok()
+    }
+
+    fn is_at_its_path(&self) -> bool {
+        let (mine, there) = (rustix::fs::fstat(&self.fd), rustix::fs::lstat(&self.path));
+        matches!((mine, there), (Ok(a), Ok(b)) if (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino))
     }
 
     fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
