@@ -216,6 +216,42 @@ fn debug_tells_the_steps() -> Result<()> {
     bench.finish()
 }
 
+/// The profile is compiled once and then comes from the cache; what it ignores is told each time.
+#[test]
+fn debug_names_calls_that_no_table_knows() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let mut config = bench.config("unknown", &["show"]);
+    config.0["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["reboot", "no_such_call"], "action": "SCMP_ACT_ERRNO"}]
+    });
+    let bundle = bench.bundle("unknown", &config)?.display().to_string();
+    let log = bench.dir.join("log").display().to_string();
+    let coracle = bench.coracle()?;
+    let told = |flags: &[&str], command: &[&str]| -> Result<bool> {
+        let flags = [flags, &["--log", &log, "--log-format", "json"]].concat();
+        coracle.run(&[&flags, command].concat())?;
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        std::fs::write(&log, "")?;
+        Ok(text.contains(r#""msg":"unknown seccomp syscall \"no_such_call\" ignored""#))
+    };
+    let debug = &["--debug"];
+    for time in ["first", "second"] {
+        let run = ["run", "-b", &bundle, time];
+        ensure!(told(debug, &run)?, "{time} time");
+    }
+    let output = bench.dir.join("output");
+    coracle.detached(&["create", "-b", &bundle, "open"], &output)?;
+    ensure!(told(debug, &["exec", "open", "probe", "show"])?, "exec");
+    coracle.run(&["delete", "-f", "open"])?;
+    ensure!(
+        !told(&[], &["run", "-b", &bundle, "silent"])?,
+        "not asked to"
+    );
+    bench.finish()
+}
+
 /// A real-time signal has no name in most libraries.
 #[test]
 fn foreground_run_passes_real_time_signals_on() -> Result<()> {

@@ -50,6 +50,18 @@ pub fn debug(global: &GlobalArgs, message: impl FnOnce() -> String) {
     }
 }
 
+/// Writes each of several things, for `--debug`; without it nothing is looked for.
+pub fn debug_each<T: IntoIterator<Item = String>>(
+    global: &GlobalArgs,
+    messages: impl FnOnce() -> T,
+) {
+    if global.debug {
+        for message in messages() {
+            write(global, Level::Debug, &message);
+        }
+    }
+}
+
 fn write(global: &GlobalArgs, level: Level, message: &str) {
     let seconds = SystemTime::now()
         .duration_since(UNIX_EPOCH)

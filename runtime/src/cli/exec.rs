@@ -16,6 +16,7 @@ use crate::launch::foreground::Signals;
 use crate::launch::{terminal_fits, write_pid_file};
 use crate::log;
 use crate::plan::LaunchOptions;
+use crate::seccomp;
 use crate::state::{self, Container};
 
 #[derive(Debug, clap::Args)]
@@ -126,6 +127,10 @@ pub fn run(args: &Args, global: &GlobalArgs) -> Result<ExitCode> {
         console: connect(&args.console_socket)?,
     })
     .map_err(|error| error.context("unable to start container process"))?;
+    let linux = parsed.spec.linux().as_ref();
+    if let Some(profile) = linux.and_then(|linux| linux.seccomp().as_ref()) {
+        log::debug_each(global, || seccomp::unknown_calls(profile));
+    }
     tell(global, &joined);
     finish(args, joined, pidfd_socket.as_ref(), signals.as_ref())
 }

@@ -172,6 +172,7 @@ pub(crate) fn prepare(request: Request<'_>) -> Result<Prepared> {
     {
         let filter =
             seccomp::cache::load_or_compile(&request.global.root, profile, seccomp::Abi::native())?;
+        log::debug_each(request.global, || seccomp::unknown_calls(profile));
         log::debug(request.global, || {
             format!("seccomp filter flags: {}", filter.flags)
         });

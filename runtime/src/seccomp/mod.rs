@@ -116,6 +116,14 @@ pub struct Compiled {
     pub listener_metadata: Option<String>,
 }
 
+/// runc's words for each call of a profile that is in none of the tables.
+pub fn unknown_calls(seccomp: &LinuxSeccomp) -> Vec<String> {
+    profile::unknown(seccomp)
+        .into_iter()
+        .map(|name| format!("unknown seccomp syscall {name:?} ignored"))
+        .collect()
+}
+
 /// Compiles a profile for a kernel of architecture `native`.
 pub fn compile(seccomp: &LinuxSeccomp, native: Abi) -> Result<Compiled> {
     let terms = profile::terms(seccomp)?;

@@ -196,6 +196,20 @@ pub(super) fn filter(seccomp: &LinuxSeccomp, native: Abi) -> Result<Filter> {
     Ok(Filter { sections })
 }
 
+/// The names in `seccomp` that no table knows, in rules that say something else than the default:
+/// those that runc tells of. What a faulty rule says is told by `filter`.
+pub(super) fn unknown(seccomp: &LinuxSeccomp) -> Vec<&str> {
+    let effect = |kind, data| action(kind, data, "").ok();
+    let default = effect(seccomp.default_action(), seccomp.default_errno_ret());
+    rules_of(seccomp)
+        .iter()
+        .filter(|rule| effect(rule.action(), rule.errno_ret()) != default)
+        .flat_map(LinuxSyscall::names)
+        .map(String::as_str)
+        .filter(|name| syscalls::find(name).is_none())
+        .collect()
+}
+
 fn rules_of(seccomp: &LinuxSeccomp) -> &[LinuxSyscall] {
     seccomp.syscalls().as_deref().unwrap_or_default()
 }

@@ -741,6 +741,27 @@ fn the_kernel_takes_the_program_and_obeys_it() {
     .unwrap();
 }
 
+#[test]
+fn unknown_calls_are_named_where_their_rule_says_anything() {
+    let profile: LinuxSeccomp = serde_json::from_value(json!({
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "syscalls": [
+            {"names": ["read", "no_such_call"], "action": "SCMP_ACT_ALLOW"},
+            {"names": ["kexec_tomorrow"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
+            // What the default says already; runc looks at no name of it.
+            {"names": ["redundant_call"], "action": "SCMP_ACT_ERRNO"},
+        ]
+    }))
+    .unwrap();
+    assert_eq!(
+        super::unknown_calls(&profile),
+        [
+            "unknown seccomp syscall \"no_such_call\" ignored",
+            "unknown seccomp syscall \"kexec_tomorrow\" ignored",
+        ]
+    );
+}
+
 /// Not a test of behaviour: `cargo test -r -- --ignored seccomp::tests::timing --nocapture`.
 #[test]
 #[ignore = "measures"]
