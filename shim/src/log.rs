@@ -13,6 +13,8 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::stdio::loss::Loss;
+
 pub const MAX_PART: usize = 16 * 1024;
 
 /// `2006-01-02T15:04:05.000000000Z `
@@ -133,7 +135,7 @@ impl Lines {
 pub struct CriLog {
     path: PathBuf,
     file: File,
-    dropped: u64,
+    loss: Loss,
 }
 
 fn open(path: &Path) -> io::Result<File> {
@@ -160,7 +162,7 @@ impl CriLog {
         Ok(CriLog {
             path: path.to_owned(),
             file: open(path)?,
-            dropped: 0,
+            loss: Loss::default(),
         })
     }
 
@@ -171,23 +173,19 @@ impl CriLog {
     }
 
     pub fn dropped(&self) -> u64 {
-        self.dropped
+        self.loss.total()
+    }
+
+    pub fn news(&mut self) -> Option<String> {
+        self.loss.news()
     }
 
     /// Writes whole lines. What does not fit on the disk is counted; a torn line is taken back.
     pub fn append(&mut self, lines: &[u8]) {
-        let mut written = 0;
-        while written < lines.len() {
-            match self.file.write(&lines[written..]) {
-                Ok(0) => break,
-                Ok(n) => written += n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break,
-            }
-        }
-        if written == lines.len() {
-            return;
-        }
+        let (written, error) = write_most(&mut self.file, lines);
+        let Some(error) = error else {
+            return self.loss.over(&self.path);
+        };
         let whole = memchr::memrchr(b'\n', &lines[..written]).map_or(0, |at| at + 1);
         let torn = (written - whole) as u64;
         if torn > 0
@@ -196,8 +194,22 @@ impl CriLog {
             // Best effort: a torn line is worse than none, but the count is right either way.
             let _ = self.file.set_len(meta.len().saturating_sub(torn));
         }
-        self.dropped += (lines.len() - whole) as u64;
+        self.loss.lost(&self.path, lines.len() - whole, &error);
     }
+}
+
+/// How much of it a file took, and why not all.
+pub fn write_most(file: &mut File, bytes: &[u8]) -> (usize, Option<io::Error>) {
+    let mut written = 0;
+    while written < bytes.len() {
+        match file.write(&bytes[written..]) {
+            Ok(0) => return (written, Some(io::ErrorKind::WriteZero.into())),
+            Ok(n) => written += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return (written, Some(e)),
+        }
+    }
+    (written, None)
 }
 
 #[cfg(test)]
@@ -309,9 +321,10 @@ mod tests {
         let mut log = CriLog {
             path: "/dev/full".into(),
             file: full,
-            dropped: 0,
+            loss: Loss::default(),
         };
         log.append(b"lost\n");
         assert_eq!(log.dropped(), 5);
+        assert!(log.news().unwrap().contains("No space left on device"));
     }
 }

@@ -331,6 +331,9 @@ impl Supervisor {
             scratch: &mut self.scratch,
         };
         io.ready(&mut ctx, part, event);
+        for news in io.news() {
+            self.journal.warn(&news);
+        }
         let drained = io.drained();
         if self.scratch.in_use() && !self.scratch_timer {
             self.scratch_timer = true;

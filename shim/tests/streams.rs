@@ -369,6 +369,14 @@ fn full_disk_under_the_log_does_not_stop_the_container() {
     let kept = fs::read(small.join("log")).unwrap();
     assert!(kept.ends_with(b"\n"), "a line is torn");
     assert!(dropped > 0 && !kept.is_empty());
+    // Reported once, not with every write.
+    let journal = pod.dir.join("sandbox/shim.log");
+    let reports = fs::read_to_string(&journal).unwrap();
+    assert!(
+        reports.contains("is lost: No space left on device") && reports.lines().count() <= 2,
+        "{reports}"
+    );
+    fs::remove_file(&journal).unwrap();
     pod.delete("a", "").unwrap();
     assert!(
         Command::new("umount")

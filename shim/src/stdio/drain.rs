@@ -6,14 +6,15 @@
 //! always takes everything.
 
 use std::fs::File;
-use std::io::Write;
+use std::path::PathBuf;
 
 use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
 
 use super::Ctx;
 use super::attach::Attachments;
-use crate::log::{CriLog, Lines, Stamp};
+use super::loss::Loss;
+use crate::log::{CriLog, Lines, Stamp, write_most};
 use crate::poll::{Endpoint, Interest, Poll};
 
 /// Reads per wake-up: other descriptors get their turn in between.
@@ -26,8 +27,32 @@ pub enum Sink {
     Log(Lines),
     /// A FIFO or a descriptor of a client.
     Peer(Endpoint),
-    File(File),
+    File(OutputFile),
     Discard,
+}
+
+/// A file that output is appended to as it is.
+pub struct OutputFile {
+    path: PathBuf,
+    file: File,
+    loss: Loss,
+}
+
+impl OutputFile {
+    pub fn new(path: PathBuf, file: File) -> OutputFile {
+        OutputFile {
+            path,
+            file,
+            loss: Loss::default(),
+        }
+    }
+
+    fn append(&mut self, chunk: &[u8]) {
+        match write_most(&mut self.file, chunk) {
+            (_, None) => self.loss.over(&self.path),
+            (written, Some(e)) => self.loss.lost(&self.path, chunk.len() - written, &e),
+        }
+    }
 }
 
 pub struct Drain {
@@ -79,6 +104,13 @@ impl Drain {
         match &mut self.source {
             Some(source) => source.watch(poll, Interest::READ),
             None => Ok(()),
+        }
+    }
+
+    pub fn news(&mut self) -> Option<String> {
+        match &mut self.sink {
+            Sink::File(file) => file.loss.news(),
+            _ => None,
         }
     }
 
@@ -185,7 +217,7 @@ impl Drain {
                 Err(_) => self.sink = Sink::Discard,
             },
             // A full disk must not stop the process.
-            Sink::File(file) => drop(file.write_all(chunk)),
+            Sink::File(file) => file.append(chunk),
             Sink::Discard => {}
         }
         attachments.offer(ctx.poll, stream, chunk);

@@ -11,6 +11,7 @@ pub mod attach;
 pub mod drain;
 pub mod feed;
 pub mod logger;
+pub mod loss;
 pub mod open;
 pub mod spec;
 
@@ -281,6 +282,13 @@ impl Io {
                 "task without a log file",
             )),
         }
+    }
+
+    /// What people should know of this output.
+    pub fn news(&mut self) -> Vec<String> {
+        let files = self.drains.iter_mut().flatten().filter_map(Drain::news);
+        let log = self.log.as_mut().and_then(CriLog::news);
+        files.chain(log).collect()
     }
 
     pub fn log_bytes_dropped(&self) -> u64 {

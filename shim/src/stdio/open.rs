@@ -11,7 +11,7 @@ use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::pipe::PipeFlags;
 
 use super::attach::Attachments;
-use super::drain::{Drain, Sink};
+use super::drain::{Drain, OutputFile, Sink};
 use super::feed::Feed;
 use super::logger::{Logger, Start};
 use super::spec::Address;
@@ -232,9 +232,12 @@ impl Opening<'_> {
             }
             Address::Fifo(path) => {
                 let fd = open_path(path, OFlags::WRONLY | OFlags::APPEND)?;
-                (Sink::File(fd.into()), false)
+                (Sink::File(OutputFile::new(path.clone(), fd.into())), false)
             }
-            Address::File(path) => (Sink::File(self.append_to(path)?.into()), false),
+            Address::File(path) => {
+                let file = self.append_to(path)?.into();
+                (Sink::File(OutputFile::new(path.clone(), file)), false)
+            }
             Address::CriLog(path) => {
                 if self.log.is_none() {
                     let log = CriLog::open(path)
