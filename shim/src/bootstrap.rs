@@ -171,11 +171,13 @@ pub fn start(args: &Args) -> Result<()> {
     let group = group(&bundle, &args.id)?;
     let path = socket::path(&dir, &args.address, &args.namespace, &group)?;
     let address = format!("unix://{}", path.display());
-    if let Bound::Listening(listener) = socket::bind(&path)?
-        && let Err(e) = spawn(args, &asked, &path, listener, &bundle)
-    {
-        crate::records::remove_socket(&path);
-        return Err(e);
+    if let Bound::Listening(listener) = socket::bind(&path)? {
+        let served = crate::cleanup::end_dead_group(&path, &args.namespace)
+            .and_then(|()| spawn(args, &asked, &path, listener, &bundle));
+        if let Err(e) = served {
+            crate::records::remove_socket(&path);
+            return Err(e);
+        }
     }
     // containerd 1.6 and 1.7 find the shim again by this file; so does `delete`.
     crate::records::write(&bundle.join("address"), address.as_bytes())
@@ -222,6 +224,7 @@ fn spawn(args: &Args, asked: &Asked, path: &Path, listener: OwnedFd, bundle: &Pa
             (listener.as_fd(), LISTENER),
         ],
         new_session: true,
+        new_group: false,
         cwd: Some(&cwd),
     }
     .run()

@@ -169,7 +169,7 @@ impl Cgroup {
     }
 
     /// A frozen v1 process does not die. On v2 SIGKILL thaws.
-    fn thaw(&self) {
+    pub fn thaw(&self) {
         if let Some(dir) = self.controller("freezer") {
             // Missing when the cgroup is gone.
             let _ = fs::write(dir.join("freezer.state"), "THAWED");

@@ -57,6 +57,22 @@ impl ConsoleSocket {
     }
 }
 
+/// Removes console sockets of shims that are dead.
+pub fn sweep(dir: &Path) {
+    let owner = |name: &str| {
+        let (pid, number) = name.strip_prefix('c')?.split_once('.')?;
+        number.parse::<u32>().ok()?;
+        pid.parse::<u32>().ok()
+    };
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let pid = entry.file_name().to_str().and_then(owner);
+        if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            // Another sweep may have been faster.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
 impl Drop for ConsoleSocket {
     fn drop(&mut self) {
         // Gone already when the directory was cleaned.

@@ -11,6 +11,7 @@
 
 mod args;
 mod bootstrap;
+mod calls;
 mod cgroup;
 mod cgroup_events;
 mod cleanup;
@@ -87,6 +88,8 @@ fn serve(args: &Args) -> Result<()> {
         socket: args.socket.clone(),
         events: std::env::var("TTRPC_ADDRESS").unwrap_or_default(),
         debug: args.debug,
+        boot_id: records::boot_id(),
+        call_limit: task::deadline::limit(),
     };
     let mut supervisor = supervisor::Supervisor::new(config, listener, signals)?;
     let result = supervisor.run();

@@ -1,8 +1,8 @@
 //! What the shim leaves on disk for those who come after it: a restarted daemon, and `delete`
 //! once the shim is dead.
 //!
-//! Owns: the files `init.pid`, `exit.json` and `shim.json` of a bundle and `<socket>.members`,
-//! all written to a temporary name and renamed. They are hints: pids are checked by start time,
+//! Owns: the files `init.pid`, `exit.json` and `shim.json` of a bundle, `<socket>.members` and
+//! `<socket>.dead`, all written to a temporary name and renamed. They are hints: pids are checked by start time,
 //! and by the boot they belong to.
 
 use std::fs;
@@ -49,6 +49,7 @@ pub struct TaskRecord {
     pub socket: PathBuf,
     pub boot_id: String,
     pub runtime: Runtime,
+    /// 0 while the runtime is creating it.
     pub init_pid: i32,
     /// Clock ticks after boot, field 22 of /proc/<pid>/stat.
     pub init_start: u64,
@@ -66,7 +67,9 @@ impl TaskRecord {
 
     /// The pid still is the process that the record was written for.
     pub fn init_lives(&self) -> bool {
-        self.boot_id == boot_id() && start_time(self.init_pid) == Some(self.init_start)
+        self.init_pid > 0
+            && self.boot_id == boot_id()
+            && start_time(self.init_pid) == Some(self.init_start)
     }
 }
 
@@ -82,15 +85,59 @@ pub fn write_members<'a>(socket: &Path, bundles: impl Iterator<Item = &'a Path>)
     write(&members_path(socket), &serde_json::to_vec(&bundles)?)
 }
 
-pub fn members(socket: &Path) -> Vec<PathBuf> {
-    let bytes = fs::read(members_path(socket)).unwrap_or_default();
+fn dead_path(socket: &Path) -> PathBuf {
+    let mut name = socket.as_os_str().to_owned();
+    name.push(".dead");
+    name.into()
+}
+
+fn list(path: &Path) -> Vec<PathBuf> {
+    let bytes = fs::read(path).unwrap_or_default();
     serde_json::from_slice(&bytes).unwrap_or_default()
 }
 
+/// The shim at `socket` is dead: its members become the dead group's, together with those that a
+/// clean-up before this one has not come to. The caller holds the lock of the directory.
+pub fn bury_members(socket: &Path) -> io::Result<()> {
+    let (from, to) = (members_path(socket), dead_path(socket));
+    let members = list(&from);
+    if !members.is_empty() {
+        let mut dead = list(&to);
+        dead.extend(members);
+        dead.sort();
+        dead.dedup();
+        write(&to, &serde_json::to_vec(&dead)?)?;
+    }
+    match fs::remove_file(&from) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// Bundles of tasks whose shim is dead and that have not all been ended.
+pub fn dead_members(socket: &Path) -> Vec<PathBuf> {
+    list(&dead_path(socket))
+}
+
+/// These have been ended. The caller holds the lock of the directory.
+pub fn forget_dead(socket: &Path, ended: &[PathBuf]) -> io::Result<()> {
+    let path = dead_path(socket);
+    let mut left = list(&path);
+    left.retain(|member| !ended.contains(member));
+    if !left.is_empty() {
+        return write(&path, &serde_json::to_vec(&left)?);
+    }
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// The members go first: whoever finds no socket may write new ones at once.
 pub fn remove_socket(socket: &Path) {
     // Both may be gone: the caller wants them absent.
-    let _ = fs::remove_file(socket);
     let _ = fs::remove_file(members_path(socket));
+    let _ = fs::remove_file(socket);
 }
 
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -150,14 +197,26 @@ mod tests {
     }
 
     #[test]
-    fn members_round_trip_and_absence_is_empty() {
+    fn members_of_a_dead_shim_are_kept_until_each_is_ended() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("sock");
-        assert!(members(&socket).is_empty());
-        write_members(&socket, [Path::new("/a"), Path::new("/b")].into_iter()).unwrap();
-        assert_eq!(members(&socket), [Path::new("/a"), Path::new("/b")]);
+        let [a, b, c] = ["/a", "/b", "/c"].map(Path::new);
+        bury_members(&socket).unwrap();
+        assert!(dead_members(&socket).is_empty());
+        write_members(&socket, [a, b].into_iter()).unwrap();
+        bury_members(&socket).unwrap();
+        assert_eq!(dead_members(&socket), [a, b]);
+        // The next shim dies before the first one's members are all ended.
+        write_members(&socket, [b, c].into_iter()).unwrap();
+        bury_members(&socket).unwrap();
+        assert_eq!(dead_members(&socket), [a, b, c]);
+        forget_dead(&socket, &[a.into(), c.into()]).unwrap();
+        assert_eq!(dead_members(&socket), [b]);
+        forget_dead(&socket, &[b.into()]).unwrap();
+        forget_dead(&socket, &[]).unwrap();
+        write_members(&socket, [a].into_iter()).unwrap();
         remove_socket(&socket);
-        assert!(members(&socket).is_empty());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

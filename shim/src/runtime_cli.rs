@@ -16,6 +16,7 @@ use coracle_sys::spawn::Spawn;
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
+use crate::calls;
 use crate::error::{Error, Kind, Result};
 use crate::options::Options;
 
@@ -105,9 +106,10 @@ impl Runtime {
         })
     }
 
-    /// Starts `args` with these streams, or with none.
+    /// Starts `args` with these streams, or with none, for the shim that listens at `socket`.
     pub fn spawn(
         &self,
+        socket: &Path,
         args: &[OsString],
         stdio: Option<&[OwnedFd; 3]>,
         inputs: Vec<File>,
@@ -137,12 +139,15 @@ impl Runtime {
             None => [null.as_fd(), output.as_fd(), output.as_fd()],
         };
         let fds: Vec<(BorrowedFd<'_>, i32)> = streams.into_iter().zip(0..).collect();
+        let mut env = crate::process::environment();
+        env.push(calls::mark(socket).map_err(failed)?);
         let pid = Spawn {
             program: &program,
             args: &argv,
-            env: &crate::process::environment(),
+            env: &env,
             fds: &fds,
             new_session: false,
+            new_group: true,
             cwd: None,
         }
         .run()

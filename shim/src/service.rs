@@ -86,6 +86,15 @@ fn unknown(request: &ttrpc::Request) -> Error {
 }
 
 impl Request {
+    /// Whoever asks for this wants an end of it, whatever it is doing.
+    pub fn ends_its_process(&self) -> bool {
+        match self {
+            Request::Delete(_) => true,
+            Request::Kill(r) => r.signal == 9,
+            _ => false,
+        }
+    }
+
     /// The process whose state decides, and what is asked of it. Create, Connect and Shutdown
     /// are not about a process that must exist.
     pub fn subject(&self) -> Option<(ProcessId, Asked)> {

@@ -76,6 +76,38 @@ pub enum Bound {
     Served,
 }
 
+/// Who binds, or clears up after a dead shim, does it alone in its directory. Held for as long as
+/// the descriptor.
+pub fn lock_of(path: &Path) -> Result<OwnedFd> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    let failed =
+        |operation, e: rustix::io::Errno| Error::io(operation, path.display().to_string(), e);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let lock =
+        rustix::fs::open(dir, flags, Mode::empty()).map_err(|e| failed("open directory of", e))?;
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive)
+        .map_err(|e| failed("lock directory of", e))?;
+    Ok(lock)
+}
+
+/// Takes the socket of a dead shim away and puts its members on the list of those to be ended.
+/// Tells whether it is dead: one that is served is left alone.
+pub fn withdraw(path: &Path) -> Result<bool> {
+    let failed = |operation, e: io::Error| Error::io(operation, path.display().to_string(), e);
+    if path.parent().is_none_or(|dir| !dir.exists()) {
+        // As after a boot: nothing is left of it here.
+        return Ok(true);
+    }
+    let _lock = lock_of(path)?;
+    if served(path) {
+        return Ok(false);
+    }
+    crate::records::bury_members(path).map_err(|e| failed("bury members of", e))?;
+    crate::records::remove_socket(path);
+    crate::console::sweep(path.parent().unwrap_or(Path::new("/")));
+    Ok(true)
+}
+
 pub fn bind(path: &Path) -> Result<Bound> {
     let dir = path.parent().unwrap_or(Path::new("/"));
     let failed = |operation, e: io::Error| Error::io(operation, path.display().to_string(), e);
@@ -91,14 +123,7 @@ pub fn bind(path: &Path) -> Result<Bound> {
         std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
             .map_err(|e| failed("chmod directory of", e))?;
     }
-    let lock = rustix::fs::open(
-        dir,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(|e| failed("open directory of", e.into()))?;
-    rustix::fs::flock(&lock, FlockOperation::LockExclusive)
-        .map_err(|e| failed("lock directory of", e.into()))?;
+    let _lock = lock_of(path)?;
     let address = SocketAddrUnix::new(path.as_os_str().as_bytes())
         .map_err(|e| failed("address", e.into()))?;
     let socket = stream().map_err(|e| failed("socket", e))?;
@@ -108,9 +133,15 @@ pub fn bind(path: &Path) -> Result<Bound> {
             return Ok(Bound::Served);
         }
         std::fs::remove_file(path).map_err(|e| failed("unlink", e))?;
+        crate::console::sweep(dir);
         bound = private(|| rustix::net::bind(&socket, &address));
     }
     bound.map_err(|e| failed("bind", e.into()))?;
+    // Members without a server are a dead shim's, whoever has taken its socket away.
+    if let Err(e) = crate::records::bury_members(path) {
+        crate::records::remove_socket(path);
+        return Err(failed("bury members of", e));
+    }
     rustix::net::listen(&socket, 128).map_err(|e| failed("listen", e.into()))?;
     Ok(Bound::Listening(socket))
 }

@@ -50,6 +50,9 @@ pub struct Config {
     pub socket: PathBuf,
     pub events: String,
     pub debug: bool,
+    pub boot_id: String,
+    /// How long a runtime call may take.
+    pub call_limit: Duration,
 }
 
 #[derive(Clone, Debug)]
@@ -176,7 +179,12 @@ impl Supervisor {
 
     fn timeout(&self) -> Option<Timespec> {
         let next = self.timers.keys().next().map(|(at, _)| *at);
-        let wakes = [next, self.publisher.next_wake(), self.ending];
+        let wakes = [
+            next,
+            self.publisher.next_wake(),
+            self.ending,
+            self.next_deadline(),
+        ];
         let at = wakes.into_iter().flatten().min()?;
         let left = at.saturating_duration_since(Instant::now());
         // Rounded up: waking early would spin until the time has come.
@@ -373,6 +381,7 @@ impl Supervisor {
     fn expire(&mut self) {
         let now = Instant::now();
         self.publisher.tick(&self.poll, now);
+        self.kill_late_calls(now);
         while let Some(entry) = self.timers.first_entry() {
             if entry.key().0 > now {
                 break;

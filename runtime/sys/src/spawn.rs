@@ -22,6 +22,8 @@ pub struct Spawn<'a> {
     /// What the child sees under which number. Everything else must be close-on-exec.
     pub fds: &'a [(BorrowedFd<'a>, i32)],
     pub new_session: bool,
+    /// Leads a process group of its own, so that `kill_group` reaches what it starts.
+    pub new_group: bool,
     pub cwd: Option<&'a CString>,
 }
 
@@ -55,7 +57,7 @@ impl Drop for FileActions {
 struct Attributes(libc::posix_spawnattr_t);
 
 impl Attributes {
-    fn new(new_session: bool) -> io::Result<Self> {
+    fn new(new_session: bool, new_group: bool) -> io::Result<Self> {
         let mut raw = MaybeUninit::uninit();
         // SAFETY: the call initialises what it is given; it is used only when it succeeded.
         check(unsafe { libc::posix_spawnattr_init(raw.as_mut_ptr()) })?;
@@ -64,6 +66,10 @@ impl Attributes {
         let mut flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
         if new_session {
             flags |= c_int::from(libc::POSIX_SPAWN_SETSID);
+        }
+        if new_group {
+            // The group's number in fresh attributes is 0: the child's own pid.
+            flags |= libc::POSIX_SPAWN_SETPGROUP;
         }
         let mut none = MaybeUninit::<libc::sigset_t>::uninit();
         let mut all = MaybeUninit::<libc::sigset_t>::uninit();
@@ -134,7 +140,7 @@ impl Spawn<'_> {
                 libc::posix_spawn_file_actions_addchdir_np(&mut actions.0, cwd.as_ptr())
             })?;
         }
-        let attributes = Attributes::new(self.new_session)?;
+        let attributes = Attributes::new(self.new_session, self.new_group)?;
         let argv = pointers(self.args);
         let envp = pointers(self.env);
         let mut pid = 0;
@@ -163,6 +169,21 @@ pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
     }
     // SAFETY: takes two integers and touches no memory of ours.
     let rc = unsafe { libc::kill(pid, signal) };
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Sends a signal to every process of the group that `leader` was started to lead. The caller has
+/// not reaped the leader, so the number is its own.
+pub fn kill_group(leader: i32, signal: i32) -> io::Result<()> {
+    if leader <= 1 {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    // SAFETY: takes two integers and touches no memory of ours.
+    let rc = unsafe { libc::kill(-leader, signal) };
     if rc == 0 {
         Ok(())
     } else {
@@ -222,6 +243,7 @@ mod tests {
             env: &env,
             fds: &[(null.as_fd(), 0), (write.as_fd(), 1), (null.as_fd(), 2)],
             new_session: true,
+            new_group: false,
             cwd: Some(&cwd),
         }
         .run()
@@ -233,6 +255,34 @@ mod tests {
         rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()).unwrap();
         // `ls` itself holds 3 while it reads the directory.
         assert_eq!(out, "0 1 2 3 SigBlk:\t0000000000000000\n/proc\n");
+    }
+
+    #[test]
+    fn a_group_of_its_own_is_killed_with_what_it_started() {
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let program = CString::new("/bin/sh").unwrap();
+        let args = ["sh", "-c", "sleep 600 & sleep 600"].map(|s| CString::new(s).unwrap());
+        let env = [CString::new("PATH=/usr/bin:/bin").unwrap()];
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let pid = Spawn {
+            program: &program,
+            args: &args,
+            env: &env,
+            fds: &[(null.as_fd(), 0), (write.as_fd(), 1), (null.as_fd(), 2)],
+            new_session: false,
+            new_group: true,
+            cwd: None,
+        }
+        .run()
+        .unwrap();
+        drop(write);
+        kill_group(pid, 9).unwrap();
+        // The pipe ends with the last process that holds it.
+        let mut out = String::new();
+        std::fs::File::from(read).read_to_string(&mut out).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid);
+        rustix::process::waitpid(pid, rustix::process::WaitOptions::empty()).unwrap();
+        assert!(kill_group(1, 0).is_err() && kill_group(-7, 0).is_err());
     }
 
     #[test]

@@ -72,6 +72,7 @@ impl Logger {
             env: &env,
             fds: &fds,
             new_session: false,
+            new_group: false,
             cwd: None,
         };
         let pid = spawn.run().map_err(failed)?;

@@ -3,6 +3,7 @@
 //! Owns: the table of purposes. A call that fails leaves the task as it was before.
 
 use std::ffi::OsString;
+use std::time::Instant;
 
 use crate::error::{Error, Kind, Result};
 use crate::process::{Exit, ProcessId};
@@ -11,6 +12,7 @@ use crate::service::Reply;
 use crate::supervisor::{Supervisor, empty};
 
 use super::checkpoint::Made;
+use super::deadline::Deadline;
 use super::state::State;
 use crate::console::ConsoleSocket;
 use crate::events::Event;
@@ -48,9 +50,14 @@ pub struct Running {
     pub job: Job,
     pub id: ProcessId,
     pub reply: Option<Reply>,
+    pub deadline: Deadline,
 }
 
 impl Running {
+    pub fn pid(&self) -> i32 {
+        self.call.pid
+    }
+
     pub fn may_tell_a_pid(&self) -> bool {
         matches!(
             self.job,
@@ -89,13 +96,16 @@ impl Supervisor {
         let Some(task) = self.tasks.get(&id.task) else {
             return Err(crate::error::not_found("task", &id.task));
         };
-        let call = task.runtime.spawn(args, None, inputs)?;
+        let call = task
+            .runtime
+            .spawn(&self.config.socket, args, None, inputs)?;
         self.track(call, job, id, reply);
         Ok(())
     }
 
     pub fn track(&mut self, call: Call, job: Job, id: &ProcessId, reply: Option<Reply>) {
         let running = Running {
+            deadline: Deadline::new(&job, self.config.call_limit, Instant::now()),
             job,
             id: id.clone(),
             reply,
@@ -110,10 +120,11 @@ impl Supervisor {
             job,
             id,
             reply,
+            deadline,
         } = running;
         let result = match exit.status {
             0 => Ok(()),
-            status => Err(call.failure(status)),
+            status => Err(deadline.failure().unwrap_or_else(|| call.failure(status))),
         };
         drop(call);
         match job {

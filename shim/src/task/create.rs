@@ -164,6 +164,11 @@ impl Supervisor {
             mounted: !r.rootfs.is_empty(),
         };
         self.tasks.insert(r.id.clone(), task);
+        // Before the runtime makes anything: a shim that dies now must not leave it unknown.
+        if let Err(e) = self.record(&id, 0).and_then(|()| self.write_members()) {
+            self.abandon_task(&id, Some(reply), e);
+            return Ok(());
+        }
         if !r.checkpoint.is_empty() {
             self.created_from_images(&id, r, (ends, console), reply);
             return Ok(());
@@ -287,7 +292,9 @@ impl Supervisor {
         );
         parts.push((&task.id).into());
         let stdio = launch.console.is_none().then_some(&launch.ends.0);
-        let call = task.runtime.spawn(&parts, stdio, Vec::new())?;
+        let call = task
+            .runtime
+            .spawn(&self.config.socket, &parts, stdio, Vec::new())?;
         self.track(
             call,
             Job::Create {
@@ -334,7 +341,6 @@ impl Supervisor {
             return Err(not_found("task", &id.task));
         };
         task.init.state = State::Created { pid: Some(pid) };
-        self.write_members()?;
         self.publish_create(id, pid, String::new());
         Ok(pid)
     }
@@ -347,15 +353,22 @@ impl Supervisor {
             self.journal
                 .warn(&format!("watch for OOM kills of {}: {e}", id.task));
         }
-        let socket = self.config.socket.clone();
         let Some(task) = self.tasks.get_mut(&id.task) else {
             return Err(not_found("task", &id.task));
         };
         task.cgroup = cgroup;
+        self.record(id, pid)?;
+        self.pids.insert(pid, id.clone());
+        Ok(())
+    }
+
+    /// What it takes to end this task without us. Without a pid, it is only being created.
+    fn record(&self, id: &ProcessId, pid: i32) -> Result<()> {
+        let task = self.task(id)?;
         let record = TaskRecord {
             id: id.task.clone(),
-            socket,
-            boot_id: records::boot_id(),
+            socket: self.config.socket.clone(),
+            boot_id: self.config.boot_id.clone(),
             runtime: task.runtime.clone(),
             init_pid: pid,
             init_start: records::start_time(pid).unwrap_or(0),
@@ -363,9 +376,7 @@ impl Supervisor {
         };
         record
             .write(&task.bundle)
-            .map_err(|e| Error::io("write shim.json", task.bundle.display().to_string(), e))?;
-        self.pids.insert(pid, id.clone());
-        Ok(())
+            .map_err(|e| Error::io("write shim.json", task.bundle.display().to_string(), e))
     }
 
     pub fn publish_create(&mut self, id: &ProcessId, pid: i32, checkpoint: String) {
@@ -425,7 +436,10 @@ impl Supervisor {
         }
         task.init.state = State::Creating;
         let parts = args(&["delete", "--force", &id.task]);
-        match task.runtime.spawn(&parts, None, Vec::new()) {
+        match task
+            .runtime
+            .spawn(&self.config.socket, &parts, None, Vec::new())
+        {
             Ok(call) => self.track(call, Job::CleanUp { error }, id, reply),
             Err(e) => {
                 self.journal.warn(&e.to_string());

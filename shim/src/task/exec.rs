@@ -146,7 +146,9 @@ impl Supervisor {
         }
         parts.push((&task.id).into());
         let stdio = launch.console.is_none().then_some(&launch.ends.0);
-        let call = task.runtime.spawn(&parts, stdio, vec![spec])?;
+        let call = task
+            .runtime
+            .spawn(&self.config.socket, &parts, stdio, vec![spec])?;
         self.track(
             call,
             Job::Exec {

@@ -67,6 +67,7 @@ impl Supervisor {
         if shared {
             cgroup.kill_all(Duration::ZERO);
         }
+        self.hurry(id);
         if let Err(e) = written {
             self.journal
                 .warn(&format!("exit record of {}: {e}", id.task));

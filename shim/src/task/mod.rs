@@ -1,12 +1,14 @@
 //! Tasks (containers) and their processes.
 //!
 //! `state` decides purely; `owner` takes requests; `create`, `exec`, `exit`, `checkpoint` and
-//! `restore` perform the steps that have phases; `call` holds the runtime calls under way.
+//! `restore` perform the steps that have phases; `call` holds the runtime calls under way, `deadline` ends those
+//! that hang.
 //! Owns: everything the shim knows of a task in memory.
 
 pub mod call;
 pub mod checkpoint;
 pub mod create;
+pub mod deadline;
 pub mod exec;
 pub mod exit;
 pub mod owner;

@@ -22,6 +22,8 @@ use crate::runtime_cli::{memory_file, path_of};
 use crate::service::{Reply, Request};
 use crate::supervisor::{Supervisor, empty, encoded};
 
+const SIGKILL: u32 = 9;
+
 fn denied(reason: Reason, asked: Asked, id: &ProcessId) -> Error {
     let kind = match (reason, asked) {
         (Reason::AlreadyFinished, Asked::Kill | Asked::Resize) => Kind::NotFound,
@@ -67,13 +69,20 @@ impl Supervisor {
         match decide(&process.state, asked) {
             Decision::Do => self.perform(request, &id, fds, reply),
             Decision::AlreadyDone => self.answer(reply, empty()),
-            Decision::Later => process.parked.push((request, fds, reply)),
+            Decision::Later => {
+                let ends = request.ends_its_process();
+                process.parked.push((request, fds, reply));
+                if ends {
+                    self.hurry(&id);
+                }
+            }
             Decision::Deny(reason) => self.answer(reply, Err(denied(reason, asked, &id))),
             Decision::KillThenDelete => match process.state.pid() {
                 Some(pid) => {
                     process.parked.push((request, fds, reply));
                     // It has not been reaped, so the pid is its own.
                     let _ = coracle_sys::spawn::kill(pid, 9);
+                    self.thaw(&id);
                 }
                 None if id.is_init() => self.delete_unstarted(&id, reply),
                 None => self.delete_exec(&id, reply),
@@ -323,6 +332,9 @@ impl Supervisor {
                     _ => Error::io("kill", pid.to_string(), e),
                 }
             });
+            if result.is_ok() && id.is_init() && r.signal == SIGKILL {
+                self.thaw(id);
+            }
             return self.tell(Some(reply), result);
         }
         let signal = r.signal.to_string();
@@ -330,6 +342,14 @@ impl Supervisor {
         parts.extend(r.all.then_some("--all"));
         parts.extend([id.task.as_str(), signal.as_str()]);
         self.call_or_tell(id, Job::Kill, reply, &args(&parts), Vec::new());
+    }
+
+    /// Somebody may have frozen the cgroup without us: the kernel would keep the signal until it
+    /// is thawed.
+    fn thaw(&self, id: &ProcessId) {
+        if let Ok(task) = self.task(id) {
+            task.cgroup.thaw();
+        }
     }
 
     pub fn call_or_tell(

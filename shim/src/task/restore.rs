@@ -33,9 +33,6 @@ impl Supervisor {
             });
             task.init.state = State::Created { pid: None };
         }
-        if let Err(e) = self.write_members() {
-            return self.abandon_task(id, Some(reply), e);
-        }
         self.publish_create(id, 0, r.checkpoint.clone());
         self.answer(reply, encoded(&wire::CreateTaskResponse { pid: 0 }));
         self.unpark(id);
@@ -95,7 +92,9 @@ impl Supervisor {
         parts.extend(task.options.no_pivot_root.then(|| "--no-pivot".into()));
         parts.push((&task.id).into());
         let stdio = launch.console.is_none().then_some(&launch.ends.0);
-        let call = task.runtime.spawn(&parts, stdio, Vec::new())?;
+        let call = task
+            .runtime
+            .spawn(&self.config.socket, &parts, stdio, Vec::new())?;
         let job = Job::Restore {
             console: launch.console,
         };
