@@ -7,6 +7,7 @@
 //! process    programs that are stopped, by pid, when the value goes
 //! registry   docker-registry over the fixtures' storage; registries that misbehave
 //! daemon     coracled: start, kill -9, start again
+//! shim       the shim driven over its socket, and the event service that it sends to
 //! crictl     the client, and configs for pods and containers
 //! world      all of it for one test, and the check that nothing was left behind
 //! leak       what a machine holds: mounts, links, rules, cgroups, processes, files
@@ -33,6 +34,7 @@ pub mod isolation;
 pub mod leak;
 pub mod process;
 pub mod registry;
+pub mod shim;
 pub mod stage;
 pub mod sweep;
 pub mod terminal;
