@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-use coracle_integration::bundle::Bench;
+use coracle_integration::bundle::{Bench, Runtime};
 use coracle_integration::{need_root, skip};
 use serde_json::json;
 
@@ -249,6 +249,27 @@ fn debug_names_calls_that_no_table_knows() -> Result<()> {
         !told(&[], &["run", "-b", &bundle, "silent"])?,
         "not asked to"
     );
+    bench.finish()
+}
+
+/// Called as runc, coracle fails in runc's words; programs and runc's own suite look for them.
+#[test]
+fn failures_name_the_program_as_it_was_called() -> Result<()> {
+    need_root!();
+    let bench = Bench::new()?;
+    let missing = bench.config("c", &["show"]).set("/root/path", "nowhere");
+    let bundle = bench.bundle("c", &missing)?.display().to_string();
+    let coracle = bench.coracle()?;
+    let runc = bench.dir.join("runc");
+    std::os::unix::fs::symlink(&coracle.words(&[])[0], &runc)?;
+    let runc = Runtime::at("runc", runc, bench.dir.join("runc-root"));
+    for (runtime, name) in [(&coracle, "coracle"), (&runc, "runc")] {
+        for command in ["create", "run"] {
+            let error = runtime.refused(&[command, "-b", &bundle, "c"])?;
+            let words = format!("{name} {command} failed: ");
+            ensure!(error.contains(&words), "not {words:?}: {error}");
+        }
+    }
     bench.finish()
 }
 

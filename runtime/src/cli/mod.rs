@@ -41,7 +41,7 @@ pub use args::{GlobalArgs, LogFormat, Rootless};
 
 use line::{Line, Usage};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::log;
 
 /// The newest OCI runtime-spec whose configs are understood.
@@ -149,13 +149,14 @@ impl Command {
         }
     }
 
-    /// What runc puts before the error of this command, and the exit code it then has.
-    fn failure(&self) -> (Option<&'static str>, u8) {
+    /// The error of this command as runc words it, and the exit code it then has. Two commands name
+    /// the program: by the name it was called by, as the version does.
+    fn failure(&self, program: impl FnOnce() -> String, error: &Error) -> (String, u8) {
         match self {
-            Self::Create(_) => (Some("coracle create failed"), 1),
-            Self::Run(_) => (Some("coracle run failed"), 1),
-            Self::Exec(_) => (Some("exec failed"), EXEC_FAILED),
-            _ => (None, 1),
+            Self::Create(_) => (format!("{} create failed: {error:#}", program()), 1),
+            Self::Run(_) => (format!("{} run failed: {error:#}", program()), 1),
+            Self::Exec(_) => (format!("exec failed: {error:#}"), EXEC_FAILED),
+            _ => (format!("{error:#}"), 1),
         }
     }
 }
@@ -206,11 +207,7 @@ pub fn main(argv: Vec<OsString>) -> ExitCode {
     match command.run(&global) {
         Ok(code) => code,
         Err(error) => {
-            let (prefix, code) = command.failure();
-            let message = match prefix {
-                Some(prefix) => format!("{prefix}: {error:#}"),
-                None => format!("{error:#}"),
-            };
+            let (message, code) = command.failure(|| program(&argv), &error);
             log::fatal(&global, &message);
             ExitCode::from(code)
         }
