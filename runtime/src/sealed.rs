@@ -96,3 +96,44 @@ fn memory_copy(exe: OwnedFd) -> Result<OwnedFd> {
         .map_err(|error| Error::system("fcntl(F_ADD_SEALS)", "", error))?;
     Ok(OwnedFd::from(file))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a process of a container finds behind /proc/<pid>/exe: a file on a mount that is in no
+    /// mount namespace since its descriptor was closed by execve(2). With all capabilities of the
+    /// host it is still not to be made writable: the kernel changes, clones and binds only mounts
+    /// of the caller's namespace (`check_mnt`), so that this needs no filesystem of its own.
+    #[test]
+    fn detached_mount_cannot_be_made_writable() {
+        if !rustix::process::geteuid().is_root() {
+            use std::io::Write as _;
+            let test = "detached_mount_cannot_be_made_writable";
+            let _ = write!(std::io::stdout(), "\nSKIP {test}: needs root\n");
+            return;
+        }
+        let mount = read_only_mount().unwrap();
+        let exe = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&mount));
+        let held = rustix::fs::open(&exe, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        drop(mount);
+        let exe = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&held));
+
+        let writable = Attributes {
+            clear: libc::MOUNT_ATTR_RDONLY,
+            ..Attributes::default()
+        };
+        let refused = Some(libc::EINVAL);
+        let cleared = set_attributes(held.as_fd(), &writable, false).unwrap_err();
+        assert_eq!(cleared.raw_os_error(), refused);
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let cloned = open_tree(CWD, &exe, flags).unwrap_err();
+        assert_eq!(Some(cloned.raw_os_error()), refused);
+        let flags = rustix::mount::MountFlags::empty();
+        let remounted = rustix::mount::mount_remount(&exe, flags, "").unwrap_err();
+        assert_eq!(Some(remounted.raw_os_error()), refused);
+        let access = rustix::fs::Access::WRITE_OK;
+        let opened = rustix::fs::accessat(CWD, &exe, access, rustix::fs::AtFlags::empty());
+        assert_eq!(opened, Err(rustix::io::Errno::ROFS));
+    }
+}
