@@ -212,6 +212,8 @@ fn debug_tells_the_steps() -> Result<()> {
         let text = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{text}");
         ensure!(text.contains("level=debug") == told, "{text}");
+        let sealed = "coracle exeseal: using a read-only mount of /proc/self/exe";
+        ensure!(text.contains(sealed) == told, "{text}");
     }
     bench.finish()
 }

@@ -72,6 +72,15 @@ fn is_sealed(exe: &OwnedFd) -> Result<bool> {
     Ok(rustix::fs::fcntl_get_seals(exe).is_ok_and(|seals| seals.contains(SealFlags::WRITE)))
 }
 
+/// What this process runs from, for `--debug`; `ensure` has been called.
+pub fn way() -> &'static str {
+    let flags = rustix::fs::statvfs(EXE).map(|stat| stat.f_flag);
+    match flags.is_ok_and(|flags| flags.contains(rustix::fs::StatVfsMountFlags::RDONLY)) {
+        true => "a read-only mount of /proc/self/exe",
+        false => "a sealed memory copy of /proc/self/exe",
+    }
+}
+
 fn read_only_mount() -> std::io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let mount = open_tree(CWD, EXE, flags)?;

@@ -78,10 +78,11 @@ impl ContainerArgs {
         let path =
             |path: &'a Option<PathBuf>| path.as_deref().filter(|path| !path.as_os_str().is_empty());
         // By then this process is one that runs from it.
-        log::debug(global, || {
+        log::debug_each(global, || {
             let argv: Vec<_> = std::env::args_os().take(1).collect();
             let program = super::program(&argv);
-            format!("{program} exeseal: using /proc/self/exe clone")
+            ["/proc/self/exe clone", crate::sealed::way()]
+                .map(|what| format!("{program} exeseal: using {what}"))
         });
         let id = ContainerId::parse(&self.id).map_err(|error| Error::invalid(error.to_string()))?;
         let mut bundle = Bundle::open(path(&self.bundle))?;
