@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
 use crate::binaries;
@@ -33,7 +34,23 @@ pub struct Runtime {
 
 impl Bench {
     pub fn new() -> Result<Self> {
+        Self::within(Isolation::enter()?)
+    }
+
+    /// The same where every process sees cgroup v2 alone, as on a host that has no other.
+    pub fn unified() -> Result<Self> {
         let isolation = Isolation::enter()?;
+        let root = Path::new("/sys/fs/cgroup");
+        if !root.join("cgroup.controllers").exists() {
+            umount2(root, MntFlags::MNT_DETACH).context("unmount the hierarchies")?;
+            let none: Option<&str> = None;
+            let kind = Some("cgroup2");
+            mount(Some("none"), root, kind, MsFlags::empty(), none).context("mount cgroup2")?;
+        }
+        Self::within(isolation)
+    }
+
+    fn within(isolation: Isolation) -> Result<Self> {
         let mark = unique_mark();
         let dir = std::env::temp_dir().join(&mark);
         std::fs::create_dir_all(&dir)?;

@@ -2,6 +2,7 @@
 //! call has a connection of its own, so that any number can be under way.
 
 pub mod events;
+pub mod stand;
 pub mod wire;
 
 use std::io::{Read as _, Write as _};
