@@ -169,6 +169,12 @@ pub fn files_named(dir: &Path, ids: &[String]) -> Vec<PathBuf> {
 /// Kills and removes what carries the mark, after a test that failed: the next one must find a
 /// clean machine. Never touches anything else.
 pub fn sweep(mark: &str, dir: &Path) {
+    for cgroup in cgroups(mark) {
+        // A frozen process of cgroup v1 does not die. Not every hierarchy has the file.
+        if cgroup.join("freezer.state").exists() {
+            let _ = fs::write(cgroup.join("freezer.state"), "THAWED");
+        }
+    }
     for _ in 0..20 {
         let left = processes(mark);
         if left.is_empty() {

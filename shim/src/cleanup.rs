@@ -55,8 +55,9 @@ pub fn delete(args: &Args) -> Result<()> {
         end_calls(socket)?;
     }
     let exit = end(&bundle, &args.id, &args.namespace);
+    let failed = exit.is_err().then_some(bundle.as_path());
     if let Some(socket) = &dead
-        && let Err(e) = end_members(socket, &args.namespace)
+        && let Err(e) = end_members(socket, &args.namespace, failed)
     {
         report(&e);
     }
@@ -77,6 +78,16 @@ fn report(error: &Error) {
 }
 
 fn end_calls(socket: &Path) -> Result<()> {
+    // A container that was created and not started has the mark of the call that made it, and in
+    // a cgroup that somebody has frozen it would not die.
+    for record in records::dead_members(socket)
+        .iter()
+        .filter_map(|member| TaskRecord::read(member))
+    {
+        if record.boot_id == records::boot_id() {
+            record.cgroup.thaw();
+        }
+    }
     match calls::kill_all_of(socket) {
         true => Ok(()),
         false => Err(Error::new(
@@ -95,12 +106,12 @@ pub fn end_dead_group(socket: &Path, namespace: &str) -> Result<()> {
         return Ok(());
     }
     end_calls(socket)?;
-    end_members(socket, namespace)
+    end_members(socket, namespace, None)
 }
 
 /// Ends every task of the dead shim that listened at `socket`; the first failure, when all have
-/// been tried. What has failed stays on the list, for whoever comes next.
-fn end_members(socket: &Path, namespace: &str) -> Result<()> {
+/// been tried. What has failed, before too, stays on the list, for whoever comes next.
+fn end_members(socket: &Path, namespace: &str, failed: Option<&Path>) -> Result<()> {
     let mut failure = Ok(());
     let mut ended = Vec::new();
     let members = records::dead_members(socket);
@@ -108,6 +119,9 @@ fn end_members(socket: &Path, namespace: &str) -> Result<()> {
         return Ok(());
     }
     for member in members {
+        if failed == Some(member.as_path()) {
+            continue;
+        }
         // A task that is ended has no record any more.
         let result = match TaskRecord::read(&member) {
             Some(record) => end(&member, &record.id, namespace).map(drop),
@@ -198,12 +212,16 @@ fn remove_from(runtime: &Runtime, id: &str) -> Result<()> {
     }
     command.args(["delete", "--force", id]);
     let failed = |e| Error::io("run", runtime.binary.display().to_string(), e);
-    let (status, text) = run_within(&mut command, RUNTIME).map_err(failed)?;
+    let limit = crate::task::deadline::limit().min(RUNTIME);
+    let (status, text) = run_within(&mut command, limit).map_err(failed)?;
     let failed = || Error::new(Kind::Internal, "runtime delete", id);
     match status {
         Some(status) if status.success() || crate::task::call::is_absent(&text) => Ok(()),
         Some(_) => Err(failed().source(text.trim())),
-        None => Err(failed().source("it did not end within 10 s and was killed")),
+        None => {
+            let text = format!("it did not end within {} s and was killed", limit.as_secs());
+            Err(failed().source(text))
+        }
     }
 }
 
