@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 const EDGES: &[(&str, &str, &[&str])] = &[
     ("coracle-oci", "runtime/oci", &[]),
     ("coracle-sys", "runtime/sys", &[]),
+    ("regex", "runtime/regex", &[]),
     ("coracle", "runtime", &["coracle-oci", "coracle-sys"]),
     ("coracle-shim", "shim", &["coracle-oci", "coracle-sys"]),
     (
