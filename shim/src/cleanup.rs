@@ -177,7 +177,7 @@ fn end(bundle: &Path, id: &str, namespace: &str) -> Result<Exit> {
         None => Runtime::new(&Options::default(), namespace).ok(),
     };
     let removed = runtime.map_or(Ok(()), |runtime| remove_from(&runtime, id));
-    crate::mounts::unmount_all(&bundle.join("rootfs"))?;
+    crate::mounts::unmount_rootfs(&bundle.join("rootfs"))?;
     if let Some(known) = known {
         exit.status = known.exit_status;
         exit.at_nanos = known.exited_at_unix_nano;

@@ -2,28 +2,32 @@
 //!
 //! Owns: the translation of mount options. The target is the daemon's own bundle, never a path
 //! inside an untrusted tree. An option that cannot be honoured is an error that names it.
+//! `overlay` knows what that file system needs, `idmap` the owners that a mount shows, `device`
+//! files that are mounted.
+
+mod device;
+mod idmap;
+mod overlay;
 
 use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::os::fd::OwnedFd;
+use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
-    UnmountFlags,
-};
+use rustix::mount::{MountAttrFlags, MountFlags, MountPropagationFlags, UnmountFlags};
 
 use crate::error::{Error, Kind, Result};
 use crate::proto::containerd::types::Mount;
-
-/// mount(2) takes one page of options, its final zero included.
-const MAX_DATA: usize = 4095;
+use idmap::Staged;
 
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Plan {
     flags: Flags,
     data: Vec<String>,
+    /// The source is a file that a loop device is put before.
+    loopdev: Option<device::Loop>,
+    /// uidmap= and gidmap=, as the kernel takes them.
+    idmap: Option<(String, String)>,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -77,6 +81,7 @@ fn propagation(option: &str) -> Option<MountPropagationFlags> {
 fn plan(mount: &Mount) -> Result<Plan> {
     let mut plan = Plan::default();
     let mut set = MountFlags::empty();
+    let (mut uids, mut gids) = (None, None);
     for option in &mount.options {
         let unsupported = |why: &str| {
             Err(Error::new(Kind::Unsupported, "rootfs mount option", option).source(why))
@@ -89,18 +94,38 @@ fn plan(mount: &Mount) -> Result<Plan> {
             plan.flags.bind = true;
             plan.flags.recursive = option == "rbind";
         } else if option == "defaults" || option.is_empty() {
-        } else if option == "loop" || option.starts_with("loop=") {
-            return unsupported("loop devices are not set up by this shim");
-        } else if option.starts_with("uidmap=") || option.starts_with("gidmap=") {
-            return unsupported("idmapped root filesystems are not supported");
+        } else if option == "loop" {
+            plan.loopdev.get_or_insert_default();
+        } else if let Some(device) = option.strip_prefix("loop=") {
+            return unsupported(&format!("the device is chosen here, not {device}"));
+        } else if let Some(map) = option.strip_prefix("uidmap=") {
+            uids = Some(idmap::lines(map).ok_or_else(|| idmap::bad(option))?);
+        } else if let Some(map) = option.strip_prefix("gidmap=") {
+            gids = Some(idmap::lines(map).ok_or_else(|| idmap::bad(option))?);
         } else if option.starts_with("X-containerd.") {
-            return unsupported("a mount of the daemon's own mount manager");
+            return unsupported("meant for the daemon's own mount manager");
         } else {
             plan.data.push(option.clone());
         }
     }
     plan.flags.set = set.bits();
     plan.flags.bind |= mount.r#type == "bind";
+    plan.idmap = match (uids, gids) {
+        (Some(uids), Some(gids)) => Some((uids, gids)),
+        (None, None) => None,
+        _ => return Err(idmap::bad("uidmap= without gidmap=, or the reverse")),
+    };
+    if plan.loopdev.is_some() && (plan.flags.bind || mount.r#type == "overlay") {
+        let why = format!("a mount of type {} has no device", mount.r#type);
+        return Err(Error::new(Kind::Unsupported, "rootfs mount option", "loop").source(why));
+    }
+    if let Some(device) = &mut plan.loopdev {
+        device.read_only = set.contains(MountFlags::RDONLY);
+        // Elsewhere it is the file system's own.
+        let before = plan.data.len();
+        plan.data.retain(|o| o != "direct-io");
+        device.direct_io = plan.data.len() < before;
+    }
     Ok(plan)
 }
 
@@ -108,7 +133,7 @@ fn plan(mount: &Mount) -> Result<Plan> {
 pub fn mount_all(mounts: &[Mount], rootfs: &Path) -> Result<()> {
     for (done, mount) in mounts.iter().enumerate() {
         if let Err(e) = mount_one(mount, rootfs) {
-            return Err(match (done > 0).then(|| unmount_all(rootfs)) {
+            return Err(match (done > 0).then(|| unmount_rootfs(rootfs)) {
                 Some(Err(undo)) => e.source(format!("then undoing failed: {undo}")),
                 _ => e,
             });
@@ -139,32 +164,28 @@ fn mount_one(mount: &Mount, rootfs: &Path) -> Result<()> {
         let text = format!("{} {} on {}", mount.r#type, mount.source, target.display());
         Error::io("mount", text, e)
     };
-    let flags = MountFlags::from_bits_retain(plan.flags.set);
+    let userns = match &plan.idmap {
+        Some((uids, gids)) => Some(idmap::namespace(uids, gids)?),
+        None => None,
+    };
     if plan.flags.bind {
-        match plan.flags.recursive {
-            true => rustix::mount::mount_bind_recursive(mount.source.as_str(), &target),
-            false => rustix::mount::mount_bind(mount.source.as_str(), &target),
-        }
-        .map_err(failed)?;
-        if !flags.is_empty() {
-            let result = rustix::mount::mount_remount(&target, flags | MountFlags::BIND, c"");
-            if let Err(e) = result {
-                // The bind without its flags must not stay.
-                let _ = rustix::mount::unmount(&target, UnmountFlags::DETACH);
-                return Err(failed(e));
-            }
-        }
-    } else {
-        let data = plan.data.join(",");
-        let long = data.len() > MAX_DATA;
-        let result = match long && mount.r#type == "overlay" {
-            false => plain(mount, &target, flags, &data),
-            true => match long_overlay(&plan.data, &target, flags) {
-                Err(Errno::INVAL | Errno::NOSYS) => relative_overlay(mount, &plan, &target),
-                result => result,
-            },
+        bind(mount, &target, &plan.flags, userns.as_ref()).map_err(failed)?;
+    } else if mount.r#type == "overlay" {
+        let stage = match &userns {
+            Some(userns) => Some(Staged::new(rootfs, &plan.data, userns)?),
+            None => None,
         };
-        result.map_err(failed)?;
+        let data = stage.as_ref().map_or(&plan.data, |s| &s.data);
+        overlay::mount(mount, &target, plan.flags.mount(), data).map_err(failed)?;
+    } else {
+        filesystem(mount, &target, &plan)?;
+        if let Some(userns) = &userns {
+            idmap::replace(&target, userns).map_err(|e| {
+                // Without its mapping it must not stay.
+                let _ = rustix::mount::unmount(&target, UnmountFlags::DETACH);
+                failed(e)
+            })?;
+        }
     }
     if plan.flags.propagation != 0 {
         let flags = MountPropagationFlags::from_bits_retain(plan.flags.propagation);
@@ -173,57 +194,14 @@ fn mount_one(mount: &Mount, rootfs: &Path) -> Result<()> {
     Ok(())
 }
 
-fn plain(
-    mount: &Mount,
-    target: &Path,
-    flags: MountFlags,
-    data: &str,
-) -> std::result::Result<(), Errno> {
-    let data = CString::new(data).map_err(|_| Errno::INVAL)?;
-    let source = mount.source.as_str();
-    rustix::mount::mount(
-        source,
-        target,
-        mount.r#type.as_str(),
-        flags,
-        Some(data.as_c_str()),
-    )
+impl Flags {
+    fn mount(&self) -> MountFlags {
+        MountFlags::from_bits_retain(self.set)
+    }
 }
 
-/// `lowerdir=a:b`, where `\:` is a colon of a name.
-fn lower_dirs(value: &str) -> Vec<String> {
-    let mut dirs = vec![String::new()];
-    let mut chars = value.chars();
-    while let Some(c) = chars.next() {
-        match (c, dirs.last_mut()) {
-            ('\\', Some(dir)) => dir.extend(chars.next()),
-            (':', _) => dirs.push(String::new()),
-            (c, Some(dir)) => dir.push(c),
-            (_, None) => {}
-        }
-    }
-    dirs
-}
-
-/// The mount API of Linux 5.2 has no page limit; `lowerdir+` is from Linux 6.8.
-fn long_overlay(
-    data: &[String],
-    target: &Path,
-    flags: MountFlags,
-) -> std::result::Result<(), Errno> {
-    let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    for option in data {
-        match option.split_once('=') {
-            Some(("lowerdir", dirs)) => {
-                for dir in lower_dirs(dirs) {
-                    rustix::mount::fsconfig_set_string(&fs, "lowerdir+", dir)?;
-                }
-            }
-            Some((key, value)) => rustix::mount::fsconfig_set_string(&fs, key, value)?,
-            None => rustix::mount::fsconfig_set_flag(&fs, option.as_str())?,
-        }
-    }
-    rustix::mount::fsconfig_create(&fs)?;
+/// The same flags for the mount API of Linux 5.2.
+fn attributes(flags: MountFlags) -> MountAttrFlags {
     let mut attributes = MountAttrFlags::empty();
     for (flag, attribute) in [
         (MountFlags::RDONLY, MountAttrFlags::MOUNT_ATTR_RDONLY),
@@ -234,64 +212,78 @@ fn long_overlay(
     ] {
         attributes.set(attribute, flags.contains(flag));
     }
-    let mounted = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    let here = rustix::fs::CWD;
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    rustix::mount::move_mount(mounted, "", here, target, flags)
+    attributes
 }
 
-/// For older kernels: the layers by paths relative to their common directory. The process has
-/// one thread, so nobody else sees the working directory change.
-fn relative_overlay(mount: &Mount, plan: &Plan, target: &Path) -> std::result::Result<(), Errno> {
-    let lower = plan.data.iter().find_map(|o| o.strip_prefix("lowerdir="));
-    let dirs = lower_dirs(lower.ok_or(Errno::INVAL)?);
-    let common = common_directory(&dirs).ok_or(Errno::INVAL)?;
-    let short = |dir: &String| {
-        let below = Path::new(dir)
-            .strip_prefix(&common)
-            .map_err(|_| Errno::INVAL)?;
-        let text = String::from_utf8_lossy(below.as_os_str().as_bytes());
-        Ok::<_, Errno>(text.replace('\\', "\\\\").replace(':', "\\:"))
+fn bind(
+    mount: &Mount,
+    target: &Path,
+    flags: &Flags,
+    userns: Option<&OwnedFd>,
+) -> std::result::Result<(), Errno> {
+    let source = Path::new(&mount.source);
+    if let Some(userns) = userns {
+        return idmap::bind(
+            source,
+            target,
+            flags.recursive,
+            attributes(flags.mount()),
+            userns,
+        );
+    }
+    match flags.recursive {
+        true => rustix::mount::mount_bind_recursive(source, target),
+        false => rustix::mount::mount_bind(source, target),
+    }?;
+    if flags.mount().is_empty() {
+        return Ok(());
+    }
+    rustix::mount::mount_remount(target, flags.mount() | MountFlags::BIND, c"").inspect_err(|_| {
+        // The bind without its flags must not stay.
+        let _ = rustix::mount::unmount(target, UnmountFlags::DETACH);
+    })
+}
+
+/// A file system on a device, on a file, or on nothing.
+fn filesystem(mount: &Mount, target: &Path, plan: &Plan) -> Result<()> {
+    let flags = plan.flags.mount();
+    let data = plan.data.join(",");
+    let failed = |e: Errno| {
+        let text = format!("{} {} on {}", mount.r#type, mount.source, target.display());
+        Error::io("mount", text, e)
     };
-    let lower = dirs
-        .iter()
-        .map(short)
-        .collect::<std::result::Result<Vec<String>, Errno>>()?;
-    let mut data = vec![format!("lowerdir={}", lower.join(":"))];
-    data.extend(
-        plan.data
-            .iter()
-            .filter(|o| !o.starts_with("lowerdir="))
-            .cloned(),
-    );
-    let data = data.join(",");
-    if data.len() > MAX_DATA {
-        return Err(Errno::TOOBIG);
+    let through = |device: &device::Loop| {
+        let device = device.attach(Path::new(&mount.source))?;
+        plain(&device.path, &mount.r#type, target, flags, &data).map_err(failed)
+    };
+    if let Some(device) = &plan.loopdev {
+        return through(device);
     }
-    let before = rustix::fs::open(
-        ".",
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    rustix::process::chdir(&common)?;
-    let result = plain(
-        mount,
-        target,
-        MountFlags::from_bits_retain(plan.flags.set),
-        &data,
-    );
-    rustix::process::fchdir(before)?;
-    result
+    match plain(&mount.source, &mount.r#type, target, flags, &data) {
+        // erofs takes a file itself since Linux 6.12, where the kernel is built so.
+        Err(Errno::NOTBLK) if mount.r#type == "erofs" => through(&device::Loop {
+            read_only: true,
+            direct_io: false,
+        }),
+        result => result.map_err(failed),
+    }
 }
 
-fn common_directory(dirs: &[String]) -> Option<PathBuf> {
-    let mut common = Path::new(dirs.first()?).parent()?.to_owned();
-    for dir in dirs {
-        while !Path::new(dir).starts_with(&common) {
-            common = common.parent()?.to_owned();
-        }
-    }
-    Some(common)
+fn plain(
+    source: &str,
+    kind: &str,
+    target: &Path,
+    flags: MountFlags,
+    data: &str,
+) -> std::result::Result<(), Errno> {
+    let data = CString::new(data).map_err(|_| Errno::INVAL)?;
+    rustix::mount::mount(source, target, kind, flags, Some(data.as_c_str()))
+}
+
+/// Removes what a Create has mounted for this root filesystem, and what its death left half-way.
+pub fn unmount_rootfs(rootfs: &Path) -> Result<()> {
+    unmount_all(rootfs)?;
+    idmap::clean(rootfs)
 }
 
 /// Removes every mount on the target. Absence of the mount or of the target is success.
@@ -337,10 +329,15 @@ mod tests {
 
     #[test]
     fn what_cannot_be_honoured_is_refused_by_name() {
-        for option in ["loop", "uidmap=0:1:1", "X-containerd.mkdir.path=/x"] {
+        for option in ["loop", "loop=/dev/loop7", "X-containerd.mkdir.path=/x"] {
             let error = plan(&mount("overlay", &[option])).unwrap_err();
             assert_eq!(error.kind(), Kind::Unsupported);
             assert!(error.to_string().contains(option));
+        }
+        for options in [&["uidmap=0:1:1"][..], &["uidmap=x", "gidmap=0:1:1"]] {
+            let error = plan(&mount("overlay", options)).unwrap_err();
+            assert_eq!(error.kind(), Kind::Invalid, "{options:?}");
+            assert!(error.to_string().contains("uidmap="), "{error}");
         }
         let mut escaping = mount("tmpfs", &[]);
         escaping.target = "../../etc".into();
@@ -353,16 +350,18 @@ mod tests {
     }
 
     #[test]
-    fn lower_dirs_keep_escaped_colons() {
-        assert_eq!(lower_dirs("/a:/b\\:c:/d\\\\e"), ["/a", "/b:c", "/d\\e"]);
-    }
-
-    #[test]
-    fn common_directory_of_layers() {
-        let dirs = ["/v/s/1/fs", "/v/s/12/fs"].map(String::from);
-        assert_eq!(common_directory(&dirs).unwrap(), Path::new("/v/s"));
-        let dirs = ["/v/s/1/fs", "/w"].map(String::from);
-        assert_eq!(common_directory(&dirs).unwrap(), Path::new("/"));
+    fn loop_and_mappings_are_understood() {
+        let got = plan(&mount("ext4", &["loop", "ro", "direct-io", "norecovery"])).unwrap();
+        let device = got.loopdev.unwrap();
+        assert!(device.read_only && device.direct_io);
+        assert_eq!(got.data, ["norecovery"]);
+        let got = plan(&mount(
+            "bind",
+            &["uidmap=0:9:2,7:3:1", "gidmap=0:9:1", "rw"],
+        ))
+        .unwrap();
+        let maps = ("0 9 2\n7 3 1\n".to_owned(), "0 9 1\n".to_owned());
+        assert_eq!(got.idmap, Some(maps));
     }
 
     #[test]

@@ -459,7 +459,7 @@ impl Supervisor {
             self.abandon_io(io);
         }
         if task.mounted
-            && let Err(e) = crate::mounts::unmount_all(&task.rootfs())
+            && let Err(e) = crate::mounts::unmount_rootfs(&task.rootfs())
         {
             self.journal.warn(&e.to_string());
         }
