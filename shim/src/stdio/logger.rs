@@ -1,7 +1,8 @@
 //! A logging binary (`binary://`): it holds the read ends of the process's pipes itself.
 //!
-//! Contract: stdout on 3, stderr on 4; it closes 5 when it is ready; CONTAINER_ID and
-//! CONTAINER_NAMESPACE are set. It ends by itself at the end of its input; at Delete it gets a
+//! Contract: stdout on 3, stderr on 4; it closes 5 when it is ready (`binary-v2://`: it writes a
+//! byte there first); CONTAINER_ID and CONTAINER_NAMESPACE are set. Of a terminal there is no
+//! stderr, and the shim copies the console to the pipe behind 3. It ends by itself at the end of its input; at Delete it gets a
 //! little time, then SIGTERM, then SIGKILL.
 //! Owns: its pid until the reaper has seen it, and the pipe of its readiness.
 
@@ -18,12 +19,15 @@ use crate::poll::{Endpoint, Interest, Poll, Source};
 pub struct Logger {
     pid: i32,
     ready: Option<Endpoint>,
+    /// `None` where closing 5 is enough.
+    spoke: Option<bool>,
     alive: bool,
 }
 
 pub struct Start<'a> {
     pub program: &'a Path,
     pub args: &'a [String],
+    pub speaks: bool,
     pub container: &'a str,
     pub namespace: &'a str,
     pub stdout: &'a OwnedFd,
@@ -81,6 +85,7 @@ impl Logger {
         Ok(Logger {
             pid,
             ready: Some(ready),
+            spoke: start.speaks.then_some(false),
             alive: true,
         })
     }
@@ -108,7 +113,17 @@ impl Logger {
 
     /// Wrote to or closed its descriptor 5.
     pub fn ready(&mut self) {
-        self.ready = None;
+        let Some(ready) = self.ready.take() else {
+            return;
+        };
+        if let Some(spoke) = &mut self.spoke {
+            *spoke = rustix::io::read(ready.fd(), &mut [0u8; 1]).is_ok_and(|n| n == 1);
+        }
+    }
+
+    /// Closed 5 without the word that was agreed.
+    pub fn silent(&self) -> bool {
+        self.is_ready() && self.spoke == Some(false)
     }
 
     pub fn is_ready(&self) -> bool {

@@ -152,8 +152,8 @@ pub fn open(
     };
     let (feed, stdin) = opening.input(&wanted.stdin, &mut passed)?;
     let (out, err, stdout, stderr);
-    if let (Address::Binary { program, args }, false) = (&wanted.stdout, wanted.terminal) {
-        (stdout, stderr) = opening.binary(program, args)?;
+    if let (Address::Binary { .. }, false) = (&wanted.stdout, wanted.terminal) {
+        (stdout, stderr) = opening.binary(&wanted.stdout)?;
         (out, err) = (None, None);
     } else {
         (out, stdout) = opening.output(0, &wanted.stdout, &mut passed)?;
@@ -256,9 +256,13 @@ impl Opening<'_> {
                 (Sink::Peer(self.endpoint(fd, peer)), false)
             }
             Address::Passed => return Ok((None, passed.next(name)?)),
+            Address::Binary { .. } if self.terminal => {
+                let (write, _) = self.binary(address)?;
+                (Sink::Peer(self.endpoint(nonblocking(write)?, peer)), false)
+            }
             Address::Binary { .. } => {
-                return Err(Error::new(Kind::Unsupported, "binary:// logging", name)
-                    .source("a terminal has no pipe to hand to it"));
+                return Err(Error::new(Kind::Invalid, "binary:// logging", name)
+                    .source("one logging binary serves both streams: stdout names it"));
             }
             Address::Attach { .. } => return Err(Error::new(Kind::Invalid, "address of", name)),
         };
@@ -291,12 +295,22 @@ impl Opening<'_> {
         Ok(file.into())
     }
 
-    fn binary(&mut self, program: &Path, args: &[String]) -> Result<(OwnedFd, OwnedFd)> {
+    /// The write ends of its stdout and stderr.
+    fn binary(&mut self, address: &Address) -> Result<(OwnedFd, OwnedFd)> {
+        let Address::Binary {
+            program,
+            args,
+            speaks,
+        } = address
+        else {
+            return Err(Error::new(Kind::Internal, "logging binary", ""));
+        };
         let (out_read, out_write) = pipe(self.owner)?;
         let (err_read, err_write) = pipe(self.owner)?;
         let start = Start {
             program,
             args,
+            speaks: *speaks,
             container: self.owner.container,
             namespace: self.owner.namespace,
             stdout: &out_read,

@@ -16,6 +16,8 @@ pub enum Address {
     Binary {
         program: PathBuf,
         args: Vec<String>,
+        /// `binary-v2`: it says that it is ready by a byte, and dead silence is a failure.
+        speaks: bool,
     },
     CriLog(PathBuf),
     /// stdin fed by attachments; `once`: ends with the first one.
@@ -55,11 +57,12 @@ pub fn parse(address: &str) -> Result<Address> {
         "file" => Ok(Address::File(path)),
         // Not percent-decoded: the daemon writes the bare path.
         "cri-log" => Ok(Address::CriLog(Path::new(rest).to_owned())),
-        "binary" => {
+        "binary" | "binary-v2" => {
             let args = arguments(query).ok_or_else(|| bad("bad percent-encoding"))?;
             Ok(Address::Binary {
                 program: path,
                 args,
+                speaks: scheme == "binary-v2",
             })
         }
         _ => Err(bad("unknown scheme")),
@@ -110,6 +113,7 @@ mod tests {
         let binary = |args: &[&str]| Address::Binary {
             program: "/bin/log er".into(),
             args: args.iter().map(|s| s.to_string()).collect(),
+            speaks: false,
         };
         let cases = [
             ("", Address::Null),
@@ -127,6 +131,14 @@ mod tests {
             (
                 "binary:///bin/log%20er?id=a%2Fb&-v",
                 binary(&["id", "a/b", "-v"]),
+            ),
+            (
+                "binary-v2:///l",
+                Address::Binary {
+                    program: "/l".into(),
+                    args: vec![],
+                    speaks: true,
+                },
             ),
         ];
         for (text, want) in cases {

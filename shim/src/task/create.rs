@@ -245,7 +245,8 @@ impl Supervisor {
             return;
         };
         let ready = logger.is_ready();
-        let alive = logger.alive() && !(ready && logger.dying());
+        let silent = logger.silent();
+        let alive = logger.alive() && !silent && !(ready && logger.dying());
         let Some(task) = self.tasks.get_mut(&id.task) else {
             return;
         };
@@ -255,8 +256,11 @@ impl Supervisor {
         if ready && alive {
             self.launch_when_ready(&id, launch, false);
         } else if ready {
-            let error = Error::new(Kind::Internal, "logging binary", &id.task)
-                .source("ended before the container was started");
+            let why = match silent {
+                true => "did not say that it is ready",
+                false => "ended before the container was started",
+            };
+            let error = Error::new(Kind::Internal, "logging binary", &id.task).source(why);
             self.launch_failed(&id, Some(launch.reply), error);
         } else {
             task.launches.insert(id.exec.clone(), launch);
