@@ -9,10 +9,12 @@ const FILES: &[&str] = &[
     "containerd/events/task.proto",
     "containerd/runc/v1/options.proto",
     "containerd/runtime/bootstrap/v1/bootstrap.proto",
+    "containerd/runtime/sandbox/v1/sandbox.proto",
     "containerd/services/events/ttrpc/v1/events.proto",
     "containerd/task/v2/task.proto",
     "containerd/types/introspection.proto",
     "coracle/shim/v1/shim.proto",
+    "runtime/v1/pod.proto",
     "runtimeoptions/v1/options.proto",
     "ttrpc/ttrpc.proto",
 ];

@@ -13,6 +13,8 @@ pub enum Action {
     Delete,
     Info,
     Version,
+    /// The process of a sandbox, started by the runtime in the sandbox's container.
+    Pause,
     /// No action: the shim itself, started by `start`.
     Serve,
 }
@@ -46,6 +48,7 @@ pub fn parse(words: impl Iterator<Item = OsString>) -> Result<Args> {
             args.action = match word.as_str() {
                 "start" => Action::Start,
                 "delete" => Action::Delete,
+                "pause" => Action::Pause,
                 _ => return Err(Error::new(Kind::Invalid, "unknown action", word)),
             };
             continue;

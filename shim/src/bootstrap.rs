@@ -65,6 +65,8 @@ struct Asked {
     options: Options,
     events: String,
     socket_dir: Option<PathBuf>,
+    /// The options as they came, for the container of a sandbox.
+    raw: Vec<u8>,
 }
 
 fn understand(args: &Args, input: &[u8], events: String, grpc: &str) -> Result<Asked> {
@@ -76,7 +78,9 @@ fn understand(args: &Args, input: &[u8], events: String, grpc: &str) -> Result<A
     if let Some(params) = params {
         let known = |any: &&Any| crate::options::message_name(any).ends_with(".Options");
         let extensions = params.extensions.iter().filter_map(|e| e.value.as_ref());
-        let options = crate::options::parse(extensions.into_iter().find(known))?;
+        let any = extensions.into_iter().find(known);
+        let options = crate::options::parse(any)?;
+        let raw = any.map(Message::encode_to_vec).unwrap_or_default();
         let events = match params.containerd_ttrpc_address.as_str() {
             "" => events,
             address => address.to_owned(),
@@ -90,6 +94,7 @@ fn understand(args: &Args, input: &[u8], events: String, grpc: &str) -> Result<A
             options,
             events,
             socket_dir,
+            raw,
         });
     }
     let any = Any::decode(input)
@@ -105,6 +110,7 @@ fn understand(args: &Args, input: &[u8], events: String, grpc: &str) -> Result<A
         options,
         events,
         socket_dir: None,
+        raw: input.to_vec(),
     })
 }
 
@@ -173,6 +179,7 @@ pub fn start(args: &Args) -> Result<()> {
     let address = format!("unix://{}", path.display());
     if let Bound::Listening(listener) = socket::bind(&path)? {
         let served = crate::cleanup::end_dead_group(&path, &args.namespace)
+            .and_then(|()| keep_options(&asked.raw, &bundle))
             .and_then(|()| spawn(args, &asked, &path, listener, &bundle));
         if let Err(e) = served {
             crate::records::remove_socket(&path);
@@ -185,6 +192,15 @@ pub fn start(args: &Args) -> Result<()> {
     std::io::stdout()
         .write_all(&asked.form.answer(&address))
         .map_err(|e| Error::io("write", "stdout", e))
+}
+
+/// The options come once, and a sandbox is made from them later.
+fn keep_options(raw: &[u8], bundle: &Path) -> Result<()> {
+    let path = bundle.join(crate::sandbox::OPTIONS);
+    match raw {
+        [] => Ok(()),
+        raw => fs::write(&path, raw).map_err(|e| Error::io("write", path.display().to_string(), e)),
+    }
 }
 
 fn spawn(args: &Args, asked: &Asked, path: &Path, listener: OwnedFd, bundle: &Path) -> Result<()> {

@@ -112,6 +112,22 @@ impl Cgroup {
         ))
     }
 
+    /// The cgroup around it; in a root, itself.
+    pub fn parent(&self) -> Cgroup {
+        let up = |dir: &PathBuf| {
+            let parent = dir.parent().filter(|p| p.join("cgroup.procs").exists());
+            parent.unwrap_or(dir).to_owned()
+        };
+        Cgroup {
+            v2: self.v2.as_ref().map(up),
+            v1: self
+                .v1
+                .iter()
+                .map(|(name, dir)| (name.clone(), up(dir)))
+                .collect(),
+        }
+    }
+
     pub fn controller(&self, name: &str) -> Option<&Path> {
         let found = self.v1.iter().find(|(controller, _)| controller == name);
         found.map(|(_, dir)| dir.as_path())

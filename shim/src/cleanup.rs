@@ -178,6 +178,7 @@ fn end(bundle: &Path, id: &str, namespace: &str) -> Result<Exit> {
     };
     let removed = runtime.map_or(Ok(()), |runtime| remove_from(&runtime, id));
     crate::mounts::unmount_rootfs(&bundle.join("rootfs"))?;
+    crate::sandbox::files::remove(bundle)?;
     if let Some(known) = known {
         exit.status = known.exit_status;
         exit.at_nanos = known.exited_at_unix_nano;

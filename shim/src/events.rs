@@ -51,6 +51,21 @@ fn any<M: Message>(name: &str, message: &M) -> Any {
 }
 
 impl Event {
+    pub fn container(&self) -> &str {
+        match self {
+            Event::Create(m) => &m.container_id,
+            Event::Start(m) => &m.container_id,
+            Event::Exit(m) => &m.container_id,
+            Event::Delete(m) => &m.container_id,
+            Event::Oom(m) => &m.container_id,
+            Event::ExecAdded(m) => &m.container_id,
+            Event::ExecStarted(m) => &m.container_id,
+            Event::Paused(m) => &m.container_id,
+            Event::Resumed(m) => &m.container_id,
+            Event::Checkpointed(m) => &m.container_id,
+        }
+    }
+
     fn parts(&self) -> (&'static str, Any) {
         match self {
             Event::Create(m) => ("/tasks/create", any("TaskCreate", m)),

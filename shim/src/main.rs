@@ -6,7 +6,8 @@
 //! ```
 //! `args` reads the command line, `bootstrap` is `start`, `cleanup` is `delete`, `supervisor` is
 //! the running shim with its parts: `ttrpc` and `service` (the wire), `task` (what a request
-//! does), `stdio` and `log` (what processes write), `reaper`, `cgroup_events`, `events`.
+//! does), `sandbox` (pods), `stdio` and `log` (what processes write), `reaper`, `cgroup_events`,
+//! `events`.
 #![forbid(unsafe_code)]
 
 mod args;
@@ -27,6 +28,7 @@ mod process;
 mod reaper;
 mod records;
 mod runtime_cli;
+mod sandbox;
 mod service;
 mod socket;
 mod stats;
@@ -69,6 +71,7 @@ fn run(args: &Args) -> Result<()> {
             );
             Ok(())
         }
+        Action::Pause => sandbox::pause::pause(),
         Action::Serve => serve(args),
     }
 }

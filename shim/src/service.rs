@@ -7,6 +7,7 @@ use prost::Message;
 
 use crate::error::{Error, Kind, Result};
 use crate::process::ProcessId;
+use crate::proto::containerd::runtime::sandbox::v1 as sandbox;
 use crate::proto::containerd::task::v2 as task;
 use crate::proto::coracle::shim::v1 as shim;
 use crate::proto::ttrpc;
@@ -22,7 +23,7 @@ pub struct Reply {
 pub enum Request {
     Create(task::CreateTaskRequest),
     Connect(task::ConnectRequest),
-    Shutdown,
+    Shutdown(task::ShutdownRequest),
     State(task::StateRequest),
     Start(task::StartRequest),
     Delete(task::DeleteRequest),
@@ -40,6 +41,35 @@ pub enum Request {
     Status(shim::StatusRequest),
     Attach(shim::AttachRequest),
     ReopenLog(shim::ReopenLogRequest),
+    Sandbox(SandboxRequest),
+}
+
+pub enum SandboxRequest {
+    Create(sandbox::CreateSandboxRequest),
+    Start(sandbox::StartSandboxRequest),
+    Platform(sandbox::PlatformRequest),
+    Stop(sandbox::StopSandboxRequest),
+    Wait(sandbox::WaitSandboxRequest),
+    Status(sandbox::SandboxStatusRequest),
+    Ping(sandbox::PingRequest),
+    Shutdown(sandbox::ShutdownSandboxRequest),
+    Metrics(sandbox::SandboxMetricsRequest),
+}
+
+impl SandboxRequest {
+    pub fn id(&self) -> &str {
+        match self {
+            SandboxRequest::Create(r) => &r.sandbox_id,
+            SandboxRequest::Start(r) => &r.sandbox_id,
+            SandboxRequest::Platform(r) => &r.sandbox_id,
+            SandboxRequest::Stop(r) => &r.sandbox_id,
+            SandboxRequest::Wait(r) => &r.sandbox_id,
+            SandboxRequest::Status(r) => &r.sandbox_id,
+            SandboxRequest::Ping(r) => &r.sandbox_id,
+            SandboxRequest::Shutdown(r) => &r.sandbox_id,
+            SandboxRequest::Metrics(r) => &r.sandbox_id,
+        }
+    }
 }
 
 pub fn decode(request: &ttrpc::Request) -> Result<Request> {
@@ -66,13 +96,21 @@ pub fn decode(request: &ttrpc::Request) -> Result<Request> {
             "Wait" => Request::Wait(of(body)?),
             "Stats" => Request::Stats(of(body)?),
             "Connect" => Request::Connect(of(body)?),
-            // Its fields change nothing: a shim with tasks does not end.
-            "Shutdown" => {
-                of::<task::ShutdownRequest>(body)?;
-                Request::Shutdown
-            }
+            "Shutdown" => Request::Shutdown(of(body)?),
             _ => return Err(unknown(request)),
         },
+        ("containerd.runtime.sandbox.v1.Sandbox", method) => Request::Sandbox(match method {
+            "CreateSandbox" => SandboxRequest::Create(of(body)?),
+            "StartSandbox" => SandboxRequest::Start(of(body)?),
+            "Platform" => SandboxRequest::Platform(of(body)?),
+            "StopSandbox" => SandboxRequest::Stop(of(body)?),
+            "WaitSandbox" => SandboxRequest::Wait(of(body)?),
+            "SandboxStatus" => SandboxRequest::Status(of(body)?),
+            "PingSandbox" => SandboxRequest::Ping(of(body)?),
+            "ShutdownSandbox" => SandboxRequest::Shutdown(of(body)?),
+            "SandboxMetrics" => SandboxRequest::Metrics(of(body)?),
+            _ => return Err(unknown(request)),
+        }),
         ("coracle.shim.v1.Shim", "Status") => Request::Status(of(body)?),
         ("coracle.shim.v1.Shim", "Attach") => Request::Attach(of(body)?),
         ("coracle.shim.v1.Shim", "ReopenLog") => Request::ReopenLog(of(body)?),
@@ -91,16 +129,22 @@ impl Request {
         match self {
             Request::Delete(_) => true,
             Request::Kill(r) => r.signal == 9,
+            Request::Sandbox(r) => {
+                matches!(r, SandboxRequest::Stop(_) | SandboxRequest::Shutdown(_))
+            }
             _ => false,
         }
     }
 
-    /// The process whose state decides, and what is asked of it. Create, Connect and Shutdown
-    /// are not about a process that must exist.
+    /// The process whose state decides, and what is asked of it. Create, Connect, Shutdown and
+    /// what concerns the sandbox are not about a process that must exist.
     pub fn subject(&self) -> Option<(ProcessId, Asked)> {
         let of = |id: &str, exec: &str, asked| Some((ProcessId::new(id, exec), asked));
         match self {
-            Request::Create(_) | Request::Connect(_) | Request::Shutdown => None,
+            Request::Create(_)
+            | Request::Connect(_)
+            | Request::Shutdown(_)
+            | Request::Sandbox(_) => None,
             Request::State(r) => of(&r.id, &r.exec_id, Asked::Report),
             Request::Start(r) => of(&r.id, &r.exec_id, Asked::Start),
             Request::Delete(r) => of(&r.id, &r.exec_id, Asked::Delete),

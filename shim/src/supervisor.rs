@@ -28,6 +28,7 @@ use crate::poll::{Endpoint, Interest, Poll, Ready, Source};
 use crate::process::{Exit, ProcessId};
 use crate::proto::ttrpc;
 use crate::reaper::Reaper;
+use crate::sandbox::Sandbox;
 use crate::service::{self, Reply, Request};
 use crate::stdio::{Ctx, Drained, Io, Scratch};
 use crate::task::Task;
@@ -85,6 +86,7 @@ pub struct Supervisor {
     pub scratch: Scratch,
     pub journal: Journal,
     pub tasks: BTreeMap<String, Task>,
+    pub sandbox: Option<Sandbox>,
     pub ios: BTreeMap<u32, Io>,
     /// Live processes of tasks.
     pub pids: BTreeMap<i32, ProcessId>,
@@ -116,6 +118,7 @@ impl Supervisor {
             scratch: Scratch::default(),
             journal,
             tasks: BTreeMap::new(),
+            sandbox: None,
             ios: BTreeMap::new(),
             pids: BTreeMap::new(),
             calls: BTreeMap::new(),
@@ -290,8 +293,12 @@ impl Supervisor {
         }
     }
 
+    /// A sandbox's daemon waits for it by the sandbox service: to it the events would be those of
+    /// a task that it has never made.
     pub fn publish(&mut self, event: &Event) {
-        self.publisher.publish(&self.poll, event);
+        if !self.is_sandbox(event.container()) {
+            self.publisher.publish(&self.poll, event);
+        }
     }
 
     fn signalled(&mut self) {

@@ -28,7 +28,7 @@ use crate::runtime_cli::Runtime;
 use crate::service::Reply;
 use crate::stdio::Io;
 use crate::stdio::open::{self, Owner, ProcessEnds, Wanted};
-use crate::supervisor::{Supervisor, Timer, encoded};
+use crate::supervisor::{Supervisor, Timer};
 
 const LOGGER_TIME: Duration = Duration::from_secs(10);
 
@@ -96,7 +96,7 @@ impl Supervisor {
         }
     }
 
-    fn prepare(
+    pub fn prepare(
         &mut self,
         r: &wire::CreateTaskRequest,
         fds: Vec<OwnedFd>,
@@ -125,6 +125,7 @@ impl Supervisor {
         if !bundle.is_absolute() {
             return Err(Error::new(Kind::Invalid, "bundle", &r.bundle).source("not absolute"));
         }
+        self.share_with(&bundle)?;
         let shared_pids = shares_pids(&bundle)?;
         let id = ProcessId::new(&r.id, "");
         let (io, ends) = self.open_stdio(&id, &options, &wanted, fds)?;
@@ -325,10 +326,7 @@ impl Supervisor {
             Err(e) => return self.launch_failed(id, reply, e),
         };
         if let Some(reply) = reply {
-            self.answer(
-                reply,
-                encoded(&wire::CreateTaskResponse { pid: pid as u32 }),
-            );
+            self.answer(reply, self.created_answer(id, pid));
         }
         if let Some(exit) = self.reaper.claim(pid) {
             self.pids.remove(&pid);
@@ -473,6 +471,9 @@ impl Supervisor {
         if let Err(e) = self.write_members() {
             self.journal.warn(&e.to_string());
         }
+        if self.is_sandbox(&task.id) {
+            self.forget_sandbox();
+        }
         self.tell(reply, Err(error));
         for waiter in std::mem::take(&mut task.init.waiters) {
             self.answer(waiter, Err(not_found("task", &task.id)));
@@ -530,7 +531,7 @@ impl Supervisor {
                 };
                 self.publish(&Event::Start(event));
                 if let Some(reply) = reply {
-                    self.answer(reply, encoded(&wire::StartResponse { pid: pid as u32 }));
+                    self.answer(reply, self.started_answer(id, pid));
                 }
             }
             Err(text) => {

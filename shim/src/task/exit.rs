@@ -15,7 +15,7 @@ use crate::proto::containerd::task::v2 as wire;
 use crate::records::ExitRecord;
 use crate::service::Reply;
 use crate::stdio::{Ctx, Drained};
-use crate::supervisor::{LOOK, Supervisor, Timer, encoded};
+use crate::supervisor::{LOOK, Supervisor, Timer, empty, encoded};
 
 impl Supervisor {
     /// The reaper has seen the end of a process of ours.
@@ -241,8 +241,16 @@ impl Supervisor {
                 exit_status: exit.status,
                 exited_at: Some(exit.timestamp()),
             };
+            let sandbox = self.is_sandbox(&id.task);
+            if sandbox {
+                self.forget_sandbox();
+            }
             if let Some(reply) = reply {
-                self.answer(reply, encoded(&answer));
+                let answer = if sandbox { empty() } else { encoded(&answer) };
+                self.answer(reply, answer);
+            }
+            if sandbox && self.tasks.is_empty() {
+                self.end();
             }
         }
         let execs = task.execs.into_values().map(|e| e.process);

@@ -15,11 +15,12 @@ use crate::error::{Error, Kind, Result, not_found};
 use crate::options::message_name;
 use crate::process::{ProcessId, timestamp};
 use crate::proto::containerd::runc::v1 as runc;
+use crate::proto::containerd::runtime::sandbox::v1 as sandbox;
 use crate::proto::containerd::task::v2 as wire;
 use crate::proto::containerd::v1::types;
 use crate::proto::coracle::shim::v1 as private;
 use crate::runtime_cli::{memory_file, path_of};
-use crate::service::{Reply, Request};
+use crate::service::{Reply, Request, SandboxRequest};
 use crate::supervisor::{Supervisor, empty, encoded};
 
 const SIGKILL: u32 = 9;
@@ -117,6 +118,14 @@ impl Supervisor {
                 };
                 self.answer(reply, encoded(&answer));
             }
+            Request::Sandbox(r) => self.sandbox_request(r, reply),
+            // The daemon gives up a sandbox that it does not know any more.
+            Request::Shutdown(r) if self.is_sandbox(&r.id) => {
+                let sandbox_id = r.id;
+                let r = sandbox::ShutdownSandboxRequest { sandbox_id };
+                self.sandbox_request(SandboxRequest::Shutdown(r), reply);
+            }
+            // A shim with tasks, a sandbox among them, does not end.
             _ => {
                 self.answer(reply, empty());
                 if self.tasks.is_empty() {
@@ -147,7 +156,10 @@ impl Supervisor {
             Request::Start(_) => return self.start_exec(id, reply),
             Request::Delete(_) if id.is_init() => return self.delete(id, reply),
             Request::Delete(_) => return self.delete_exec(id, reply),
-            Request::Create(_) | Request::Connect(_) | Request::Shutdown => empty(),
+            Request::Create(_)
+            | Request::Connect(_)
+            | Request::Shutdown(_)
+            | Request::Sandbox(_) => empty(),
         };
         self.answer(reply, done);
     }

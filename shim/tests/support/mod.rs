@@ -11,7 +11,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use prost::Message;
@@ -24,6 +24,7 @@ pub mod proto {
     include!(concat!(env!("OUT_DIR"), "/messages.rs"));
 }
 use proto::containerd::runc::v1::{CheckpointOptions, Options};
+use proto::containerd::runtime::sandbox::v1 as sandbox;
 use proto::containerd::task::v2 as task;
 use proto::containerd::types::Mount;
 use proto::coracle::shim::v1 as private;
@@ -32,6 +33,7 @@ use proto::ttrpc;
 pub const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-coracle-v2");
 pub const TASK: &str = "containerd.task.v2.Task";
 pub const PRIVATE: &str = "coracle.shim.v1.Shim";
+pub const SANDBOX: &str = "containerd.runtime.sandbox.v1.Sandbox";
 
 /// Past libtest's capture, in the form that .ci/totals counts.
 pub fn say_skipped(why: &str) {
@@ -139,6 +141,15 @@ impl Client {
         self.receive()
     }
 
+    pub fn sandbox<R: Message + Default>(
+        &mut self,
+        method: &str,
+        body: &impl Message,
+    ) -> Result<R, Refused> {
+        self.send(SANDBOX, method, body, &[]);
+        self.receive()
+    }
+
     pub fn private<R: Message + Default>(
         &mut self,
         method: &str,
@@ -169,13 +180,29 @@ fn address_of(output: &[u8]) -> PathBuf {
 }
 
 pub fn start_shim(bundle: &Path, sockets: &Path, id: &str, events: &str) -> PathBuf {
-    let output = Command::new(SHIM)
+    start_shim_by(Command::new(SHIM), bundle, sockets, id, events, b"")
+}
+
+/// `command` is the shim, or a program that becomes it. `options` are what a daemon gives on
+/// stdin.
+pub fn start_shim_by(
+    mut command: Command,
+    bundle: &Path,
+    sockets: &Path,
+    id: &str,
+    events: &str,
+    options: &[u8],
+) -> PathBuf {
+    let mut input = tempfile::tempfile().unwrap();
+    input.write_all(options).unwrap();
+    std::io::Seek::rewind(&mut input).unwrap();
+    let output = command
         .args(["-namespace", "test", "-address", "", "-id", id, "start"])
         .current_dir(bundle)
         .env("CORACLE_SHIM_SOCKET_DIR", sockets)
         .env("TTRPC_ADDRESS", events)
         .env_remove("GRPC_ADDRESS")
-        .stdin(Stdio::null())
+        .stdin(input)
         .output()
         .unwrap();
     assert!(
@@ -187,12 +214,29 @@ pub fn start_shim(bundle: &Path, sockets: &Path, id: &str, events: &str) -> Path
     address_of(&output.stdout)
 }
 
+pub fn options_any(options: &Options) -> Any {
+    Any {
+        type_url: "containerd.runc.v1.Options".to_owned(),
+        value: options.encode_to_vec(),
+    }
+}
+
 impl Pod {
     pub fn new(name: &str) -> Option<Pod> {
         Pod::with_events(name, "")
     }
 
     pub fn with_events(name: &str, events: &str) -> Option<Pod> {
+        Pod::by(name, events, Command::new(SHIM), |_| {})
+    }
+
+    /// `options` are given to the shim's start.
+    pub fn by(
+        name: &str,
+        events: &str,
+        command: Command,
+        change: impl FnOnce(&mut Options),
+    ) -> Option<Pod> {
         let runtime = runtime()?;
         let temporary = tempfile::tempdir().unwrap();
         let dir = temporary.path().to_owned();
@@ -203,7 +247,15 @@ impl Pod {
         }
         fs::copy("/bin/busybox", dir.join("image/bin/busybox")).unwrap();
         std::os::unix::fs::symlink("busybox", dir.join("image/bin/sh")).unwrap();
-        let socket = start_shim(&dir.join("sandbox"), &dir.join("s"), name, events);
+        let mut options = Options {
+            binary_name: runtime.display().to_string(),
+            root: dir.join("runtime").display().to_string(),
+            ..Default::default()
+        };
+        change(&mut options);
+        let options = options_any(&options).encode_to_vec();
+        let (bundle, sockets) = (dir.join("sandbox"), dir.join("s"));
+        let socket = start_shim_by(command, &bundle, &sockets, name, events, &options);
         let client = Client::connect(&socket);
         let name = format!("{name}-{}", std::process::id());
         Some(Pod {
@@ -278,10 +330,7 @@ impl Pod {
             root: self.dir.join("runtime").display().to_string(),
             ..Default::default()
         };
-        Any {
-            type_url: "containerd.runc.v1.Options".to_owned(),
-            value: options.encode_to_vec(),
-        }
+        options_any(&options)
     }
 
     /// Writes the bundle; gives the request with a CRI log, to be changed as a test likes.
@@ -427,6 +476,26 @@ impl Pod {
             .collect()
     }
 
+    pub fn resources(&mut self, container: &str, json: &str) -> Result<(), Refused> {
+        let resources = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned(),
+            value: json.as_bytes().to_vec(),
+        };
+        let request = task::UpdateTaskRequest {
+            id: self.id(container),
+            resources: Some(resources),
+            annotations: Default::default(),
+        };
+        self.client.call::<()>("Update", &request)
+    }
+
+    /// After the death of the shim: another one.
+    pub fn restart_shim(&mut self) {
+        let (bundle, sockets) = (self.dir.join("sandbox"), self.dir.join("s"));
+        self.socket = start_shim(&bundle, &sockets, "again", "");
+        self.client = Client::connect(&self.socket);
+    }
+
     /// Ends an empty shim; nothing of it stays.
     pub fn shutdown(mut self) {
         let pid = self.shim_pid();
@@ -435,6 +504,23 @@ impl Pod {
             now: false,
         };
         self.client.call::<()>("Shutdown", &request).unwrap();
+        self.gone(pid);
+    }
+
+    /// Ends a shim with its sandbox.
+    pub fn shutdown_sandbox(mut self, id: &str) {
+        let pid = self.shim_pid();
+        let request = sandbox::ShutdownSandboxRequest {
+            sandbox_id: id.to_owned(),
+        };
+        self.client
+            .sandbox::<()>("ShutdownSandbox", &request)
+            .unwrap();
+        assert!(!self.dir.join("sandbox/pod").exists(), "files left");
+        self.gone(pid);
+    }
+
+    fn gone(&self, pid: u32) {
         wait_until("the shim to end", || !alive(pid));
         assert!(!self.socket.exists(), "socket left");
         let left: Vec<_> = fs::read_dir(self.dir.join("s"))
