@@ -2,8 +2,9 @@
 //!
 //! Owns the tolerances of the other runtimes that oci-spec lacks: a capability that this build does
 //! not know is dropped with a warning instead of failing the container (so that a newer engine can
-//! drive an older runtime), an explicit `null` means "not there", a process without a user is
-//! root's, and the scheduler's flags have the runtime spec's names.
+//! drive an older runtime), an explicit `null` means "not there", members are known in any case
+//! of their letters, a process without a user is root's, and the scheduler's flags have the runtime
+//! spec's names.
 
 use std::fmt;
 
@@ -12,7 +13,7 @@ use serde_json::Value;
 
 pub use oci_spec::runtime as spec;
 
-use crate::names;
+use crate::{fold, names};
 
 /// A parsed config.json and what had to be dropped from it.
 #[derive(Debug)]
@@ -45,6 +46,7 @@ impl std::error::Error for ConfigError {
 /// # Errors
 /// The bytes are no JSON, or a property has a type or value that the runtime spec rules out.
 pub fn parse(bytes: &[u8]) -> Result<ParsedSpec, ConfigError> {
+    let bytes = &*fold::spec_names(bytes);
     let (mut spec, warnings): (spec::Spec, _) = parse_tolerant("config.json", bytes, "/process")?;
     let linux = spec.linux().as_ref();
     let resources = linux.and_then(|linux| linux.resources().as_ref());
@@ -96,7 +98,7 @@ fn correct_resources(
 /// # Errors
 /// As for [`parse`].
 pub fn parse_process(bytes: &[u8]) -> Result<(spec::Process, Vec<String>), ConfigError> {
-    parse_tolerant("process.json", bytes, "")
+    parse_tolerant("process.json", &fold::spec_names(bytes), "")
 }
 
 /// Parses the resources document of `update --resources`.
@@ -104,6 +106,7 @@ pub fn parse_process(bytes: &[u8]) -> Result<(spec::Process, Vec<String>), Confi
 /// # Errors
 /// As for [`parse`].
 pub fn parse_resources(bytes: &[u8]) -> Result<spec::LinuxResources, ConfigError> {
+    let bytes = &*fold::spec_names(bytes);
     let (mut resources, _): (spec::LinuxResources, _) =
         parse_tolerant("resources", bytes, "/none")?;
     if let Some(corrected) = correct_resources(&resources, bytes, "") {

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod fold;
 pub mod id;
 mod names;
 pub mod record;

@@ -6,7 +6,7 @@
 use std::io::Read as _;
 use std::process::ExitCode;
 
-use coracle_oci::{config, spec};
+use coracle_oci::{config, fold, spec};
 use serde_json::{Map, Value};
 
 use super::{GlobalArgs, resources};
@@ -60,8 +60,9 @@ fn read(path: &str) -> Result<Map<String, Value>> {
     // Go's decoder takes the first document and leaves the rest.
     let mut documents = serde_json::Deserializer::from_slice(&bytes).into_iter::<Value>();
     let document = documents.next().unwrap_or(Ok(Value::Null));
-    let document = document
+    let mut document = document
         .map_err(|error| Error::new(Kind::Invalid, "parse resources", subject).source(error))?;
+    fold::fold(&mut document);
     match document {
         Value::Object(resources) => Ok(resources),
         _ => Err(Error::new(
@@ -76,6 +77,7 @@ fn apply(container: &Container, asked: Map<String, Value>, global: &GlobalArgs) 
     let config_bytes = container.entry.config()?;
     let mut config: Value = serde_json::from_slice(&config_bytes)
         .map_err(|error| Error::system("parse", "config.json of the container", error))?;
+    fold::fold(&mut config);
     let old = config
         .pointer("/linux/resources")
         .cloned()
