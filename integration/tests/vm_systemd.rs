@@ -293,6 +293,66 @@ fn limits_are_properties_and_files() -> Result<()> {
     scope.delete()
 }
 
+/// systemd makes a unit idle by its weight, so there is none beside it: the update says so and
+/// takes effect, instead of failing at a weight that the idle cgroup refuses.
+#[test]
+fn idle_and_a_weight_in_one_update() -> Result<()> {
+    need_guest!();
+    let scope = Scope::new("idle")?;
+    scope.start(&scope.config(&["sleep", "600"]))?;
+    let update = |document: Value| -> Result<()> {
+        let path = scope.bench.dir.join("r.json").display().to_string();
+        std::fs::write(&path, document.to_string())?;
+        scope.run("update", &["-r", &path, &scope.id]).map(drop)
+    };
+    let idle = |want: &str| -> Result<()> {
+        let found = scope.file("cpu.idle")?;
+        ensure!(found == want, "cpu.idle: {found}, not {want}");
+        Ok(())
+    };
+    for (both, weight) in [
+        (
+            json!({"cpu": {"idle": 1, "shares": 200}}),
+            json!({"cpu": {"shares": 200}}),
+        ),
+        (
+            json!({"unified": {"cpu.idle": "1", "cpu.weight": "8"}}),
+            json!({"unified": {"cpu.weight": "8"}}),
+        ),
+    ] {
+        update(both)?;
+        idle("1")?;
+        update(weight)?;
+        idle("0")?;
+    }
+    scope.delete()
+}
+
+/// As Go's decoder, and so runc, reads them.
+#[test]
+fn members_in_capitals_are_limits_too() -> Result<()> {
+    need_guest!();
+    let scope = Scope::new("capitals")?;
+    let config = scope
+        .config(&["sleep", "600"])
+        .set("/linux/resources/cpu", json!({"shares": 512}))
+        .set("/linux/resources/CPU", json!({"Cpus": "0", "Mems": "0"}));
+    scope.start(&config)?;
+    let cpus = |want: &str| -> Result<()> {
+        let property = Systemctl.property(&scope.unit(), "AllowedCPUs")?;
+        let file = scope.file("cpuset.cpus")?;
+        ensure!(property == want && file == want, "{property}, {file}");
+        Ok(())
+    };
+    cpus("0")?;
+    ensure!(scope.file("cpu.weight")? == "59", "the shares");
+    let path = scope.bench.dir.join("r.json").display().to_string();
+    std::fs::write(&path, json!({"CPU": {"Cpus": "1"}}).to_string())?;
+    scope.run("update", &["-r", &path, &scope.id])?;
+    cpus("1")?;
+    scope.delete()
+}
+
 /// systemd applies its own list of devices on a reload: without the terminals in it, no
 /// `exec --tty` works from then on. And an update must not lose devices either.
 #[test]

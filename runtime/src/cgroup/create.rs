@@ -92,11 +92,11 @@ impl CgroupPlan {
         let linux = spec.linux().as_ref();
         let resources = linux.and_then(|linux| linux.resources().as_ref());
         let rules = DeviceRules::of(linux)?;
-        let rounded = resources.map(driver::as_systemd_rounds);
-        let plan = CgroupPlan::limits(layout, rounded.as_ref(), options)?;
+        let host = (layout.version, facts);
+        let kept = resources.map(|resources| driver::as_systemd_keeps(resources, host));
+        let plan = CgroupPlan::limits(layout, kept.as_ref(), options)?;
         let mut plan = plan.with_devices(&rules)?;
-        let version = (plan.layout.version, facts);
-        let unit = UnitPlan::new(spec, unit, &rules, version, &mut plan.warnings)?;
+        let unit = UnitPlan::new(spec, unit, &rules, host, &mut plan.warnings)?;
         plan.unit = Some(unit);
         Ok(plan)
     }
@@ -134,10 +134,10 @@ impl CgroupPlan {
         let (Some(unit), Some(facts)) = (record.unit(), facts) else {
             return CgroupPlan::limits(layout, Some(resources), options);
         };
-        let rounded = driver::as_systemd_rounds(resources);
-        let mut plan = CgroupPlan::limits(layout, Some(&rounded), options)?;
-        let version = (plan.layout.version, facts);
-        let unit = UnitPlan::update(unit, resources, version, &mut plan.warnings)?;
+        let host = (layout.version, facts);
+        let kept = driver::as_systemd_keeps(resources, host);
+        let mut plan = CgroupPlan::limits(layout, Some(&kept), options)?;
+        let unit = UnitPlan::update(unit, resources, host, &mut plan.warnings)?;
         plan.unit = Some(unit);
         Ok(plan)
     }

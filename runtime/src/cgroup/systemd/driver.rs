@@ -142,15 +142,30 @@ pub(in crate::cgroup) fn layout(
     Ok((unit, layout))
 }
 
-/// The limits as the files get them: with the quota that systemd will make of it.
-pub(in crate::cgroup) fn as_systemd_rounds(resources: &LinuxResources) -> LinuxResources {
+/// The limits as the files get them: with the quota that systemd will make of it, and without the
+/// weight that a property could not be given, and that an idle cgroup refuses.
+pub(in crate::cgroup) fn as_systemd_keeps(
+    resources: &LinuxResources,
+    (cgroup, facts): (u8, &Facts),
+) -> LinuxResources {
+    let idle = |idle| cgroup == 2 && properties::is_idle(idle, facts.version);
     let mut resources = resources.clone();
-    if let Some(mut cpu) = resources.cpu().clone()
-        && let Some(quota) = cpu.quota()
-    {
-        let period = cpu.period().unwrap_or_default();
-        cpu.set_quota(Some(properties::rounded_quota(quota, period)));
+    if let Some(mut cpu) = resources.cpu().clone() {
+        if let Some(quota) = cpu.quota() {
+            let period = cpu.period().unwrap_or_default();
+            cpu.set_quota(Some(properties::rounded_quota(quota, period)));
+        }
+        if idle(cpu.idle()) {
+            cpu.set_shares(None);
+        }
         resources.set_cpu(Some(cpu));
+    }
+    if let Some(mut unified) = resources.unified().clone() {
+        let asked = unified.get("cpu.idle");
+        let asked = asked.and_then(|value| value.trim().parse().ok());
+        if idle(asked) && unified.remove("cpu.weight").is_some() {
+            resources.set_unified(Some(unified));
+        }
     }
     resources
 }
@@ -380,4 +395,48 @@ pub fn manager_for(unprivileged: bool, namespaced: bool) -> Result<(Manager, boo
         return Ok((manager, true));
     }
     Ok((Manager::connect(Scope::System)?, false))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An idle cgroup refuses a weight (sched_group_set_shares), so an update of both would fail
+    /// after systemd had been told.
+    #[test]
+    fn idle_leaves_no_weight_for_the_files() {
+        let cases = [
+            (r#"{"cpu":{"idle":1,"shares":200}}"#, 2, 257, false),
+            (r#"{"cpu":{"idle":0,"shares":200}}"#, 2, 257, true),
+            (r#"{"cpu":{"shares":200}}"#, 2, 257, true),
+            (r#"{"cpu":{"idle":1,"shares":200}}"#, 2, 251, true),
+            (r#"{"cpu":{"idle":1,"shares":200}}"#, 1, 257, true),
+            (
+                r#"{"unified":{"cpu.idle":" 1","cpu.weight":"8"}}"#,
+                2,
+                257,
+                false,
+            ),
+            (
+                r#"{"unified":{"cpu.idle":"0","cpu.weight":"8"}}"#,
+                2,
+                257,
+                true,
+            ),
+        ];
+        for (text, cgroup, version, weight) in cases {
+            let resources = coracle_oci::config::parse_resources(text.as_bytes()).unwrap();
+            let facts = Facts {
+                scope: Scope::System,
+                version,
+                control_group: PathBuf::new(),
+                proc_devices: String::new(),
+            };
+            let kept = as_systemd_keeps(&resources, (cgroup, &facts));
+            let shares = kept.cpu().as_ref().and_then(|cpu| cpu.shares());
+            let unified = kept.unified().as_ref();
+            let unified = unified.and_then(|unified| unified.get("cpu.weight"));
+            assert_eq!(shares.is_some() || unified.is_some(), weight, "{text}");
+        }
+    }
 }

@@ -138,9 +138,14 @@ fn memory_v2(resources: &LinuxResources, out: &mut Properties<'_>) -> Result<()>
     Ok(())
 }
 
+/// Whether systemd makes the unit idle, which leaves no room for a weight.
+pub(in crate::cgroup) fn is_idle(idle: Option<i64>, version: u32) -> bool {
+    idle == Some(1) && version >= CPU_IDLE
+}
+
 fn weight_v2(resources: &LinuxResources, out: &mut Properties<'_>) {
     let Some(cpu) = resources.cpu() else { return };
-    let idle = cpu.idle() == Some(1) && out.version >= CPU_IDLE;
+    let idle = is_idle(cpu.idle(), out.version);
     let weight = shares_to_weight(cpu.shares().unwrap_or_default());
     match (idle, weight) {
         // Weight 0 is how systemd spells idle.
