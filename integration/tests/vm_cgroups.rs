@@ -414,6 +414,14 @@ fn exec_follows_an_init_that_moved_to_a_cgroup_below() -> Result<()> {
     let seen: Value = serde_json::from_str(&seen)?;
     let cgroup = seen["cgroup"][0].as_str().context("a cgroup")?;
     ensure!(cgroup.ends_with("/c/init"), "{cgroup}");
+    // Who names the cgroup gets that one or none.
+    let own = ["exec", "--cgroup", "/", "c", "/bin/probe", "show"];
+    let refused = case.coracle.refused(&own)?;
+    let (_, adding) = refused.split_once("adding pid ").unwrap_or_default();
+    ensure!(
+        adding.contains(" to cgroups: ") && adding.contains("resource busy"),
+        "{refused}"
+    );
     case.end()
 }
 

@@ -218,17 +218,11 @@ fn place(
     asked: &[String],
 ) -> Result<(Channel, i32, OwnedFd)> {
     match child.make(cgroup) {
-        Err(error)
-            if asked.is_empty()
-                && matches!(
-                    error.errno(),
-                    Some(libc::EBUSY | libc::EOPNOTSUPP | libc::ENOENT | libc::ENODEV)
-                ) =>
-        {
-            child
-                .make(&cgroup.of_process(record.init_pid)?)
-                .map_err(|_| error)
+        Err(error) if takes_none(&error) && asked.is_empty() => {
+            let moved = child.make(&cgroup.of_process(record.init_pid)?);
+            moved.map_err(|_| not_added(error))
         }
+        Err(error) if takes_none(&error) => Err(not_added(error)),
         Err(error)
             if (record.rootless_cgroups || cgroup.has_unit())
                 && matches!(error.errno(), Some(libc::EACCES | libc::EPERM)) =>
@@ -237,6 +231,19 @@ fn place(
         }
         made => made,
     }
+}
+
+/// The cgroup has controllers for those below it, is threaded, or is gone.
+fn takes_none(error: &Error) -> bool {
+    matches!(
+        error.errno(),
+        Some(libc::EBUSY | libc::EOPNOTSUPP | libc::ENOENT | libc::ENODEV)
+    )
+}
+
+/// In runc's words, which callers look for. There is no pid yet: 0 is the writer, to cgroup.procs.
+fn not_added(error: Error) -> Error {
+    error.context("error adding pid 0 to cgroups")
 }
 
 /// Who may not write to the cgroups between his own and the container's has systemd move the
