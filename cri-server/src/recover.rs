@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::proto::shim::coracle::shim::v1::StatusResponse;
 use crate::sandbox::state::SandboxState;
 use crate::sandbox::{Sandbox, SandboxRecord};
-use crate::shim_client::{STATUS_CREATED, ShimClient, nanos};
+use crate::shim_client::{ShimClient, nanos, was_started};
 use crate::store::records::Table;
 use crate::sweep::Strays;
 
@@ -163,7 +163,7 @@ impl Daemon {
         let outcome = match (container.state(), shim) {
             (ContainerState::Running { .. } | ContainerState::Starting, Some(shim)) => {
                 match shim.status(id, "").await {
-                    Ok(status) if status.status == STATUS_CREATED => {
+                    Ok(status) if !was_started(status.status) => {
                         self.abandon_task(sandbox, shim, &container.fixed).await;
                         let why = "the daemon ended in the middle of the start";
                         self.settle(container, Exit::start_error(why.to_owned(), now_ns()))

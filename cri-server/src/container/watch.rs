@@ -144,21 +144,25 @@ impl Daemon {
         shim_client::delete_leftovers(&handler.shim, fixed.id.as_str(), &fixed.bundle).await
     }
 
-    /// Records how a container ended and tells everyone.
+    /// Records how a container ended and tells everyone, the first time.
     pub fn settle(&self, container: &Container, exit: Exit) -> Result<()> {
+        let mut news = false;
         let saved = container.change(&self.records, |live| {
-            if matches!(
+            news = matches!(
                 live.state,
                 ContainerState::Starting | ContainerState::Running { .. }
-            ) {
+            );
+            if news {
                 live.state = ContainerState::Exited { exit };
             }
         });
-        self.events.publish(
-            EventKind::Stopped,
-            container.id(),
-            container.fixed.sandbox_id.as_str(),
-        );
+        if news {
+            self.events.publish(
+                EventKind::Stopped,
+                container.id(),
+                container.fixed.sandbox_id.as_str(),
+            );
+        }
         saved
     }
 }

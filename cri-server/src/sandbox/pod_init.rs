@@ -47,7 +47,11 @@ impl Daemon {
             runtime_root: handler.runtime_root.clone(),
         };
         let failed = |e: Error| e.within("start the init of pod", sandbox.id());
-        shim.create(&task).await.map_err(|e| failed(e.into()))?;
+        if let Err(e) = shim.create(&task).await {
+            // It may be under way still, if only the answer did not come.
+            let _ = shim.delete(sandbox.id(), "").await;
+            return Err(failed(e.into()));
+        }
         let pid = match shim.start(sandbox.id(), "").await {
             Ok(pid) => pid,
             Err(e) => {

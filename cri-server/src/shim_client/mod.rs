@@ -364,7 +364,11 @@ pub struct AttachIo {
     pub stderr: Option<OwnedFd>,
 }
 
-/// A shim's status number of a process that waits for its start.
-pub const STATUS_CREATED: u32 = 1;
+/// Whether a process with this status number of a shim was started: 0 is being created, 1 waits
+/// for its start.
+pub fn was_started(status: u32) -> bool {
+    status > 1
+}
+
 /// A shim's status number of a stopped process (containerd.v1.types.Status).
 pub const STATUS_STOPPED: u32 = 3;
