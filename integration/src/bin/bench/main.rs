@@ -9,6 +9,7 @@ mod pods;
 mod report;
 mod runtime;
 mod series;
+mod shims;
 
 use std::path::PathBuf;
 
@@ -23,6 +24,8 @@ struct Asked {
     runs: usize,
     /// Timed rounds of each comparison of pod starts.
     pods: usize,
+    /// Timed rounds of each comparison of shims.
+    shims: usize,
     only: Option<String>,
 }
 
@@ -31,6 +34,7 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["inner", rounds] => return runtime::inner(rounds.parse()?),
+        ["inner-shims", rounds] => return shims::inner(rounds.parse()?),
         ["inner-pods", rounds, storage] => return pods::inner(rounds.parse()?, storage),
         _ => {}
     }
@@ -40,6 +44,9 @@ fn main() -> Result<()> {
         for view in runtime::views() {
             comparisons.extend(runtime::compare(&view, asked.runs)?);
         }
+    }
+    if asked.wants("shims") {
+        comparisons.extend(shims::compare(asked.shims)?);
     }
     if asked.wants("pods") {
         comparisons.extend(pods::compare(asked.pods)?);
@@ -58,6 +65,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked> {
         out: "target/bench".into(),
         runs: 60,
         pods: 15,
+        shims: 30,
         only: None,
     };
     while let Some(flag) = args.next() {
@@ -68,9 +76,12 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Asked> {
             "--out" => asked.out = value.into(),
             "--runs" => asked.runs = value.parse().context("--runs")?,
             "--pods" => asked.pods = value.parse().context("--pods")?,
-            "--only" if ["runtime", "pods"].contains(&value.as_str()) => asked.only = Some(value),
-            "--only" => bail!("--only {value}: there are 'runtime' and 'pods'"),
-            _ => bail!("{flag}: there are --out, --runs, --pods and --only"),
+            "--shims" => asked.shims = value.parse().context("--shims")?,
+            "--only" if ["runtime", "shims", "pods"].contains(&value.as_str()) => {
+                asked.only = Some(value)
+            }
+            "--only" => bail!("--only {value}: there are 'runtime', 'shims' and 'pods'"),
+            _ => bail!("{flag}: there are --out, --runs, --pods, --shims and --only"),
         }
     }
     Ok(asked)
