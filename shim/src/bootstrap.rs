@@ -278,26 +278,47 @@ fn join_cgroup(path: &str, pid: i32) -> Result<()> {
     let mut hierarchies = vec![root.to_owned()];
     if !root.join("cgroup.controllers").exists() {
         let entries = fs::read_dir(root).map_err(failed)?.flatten();
+        // Where nothing is mounted there is only a directory of that name.
         hierarchies = entries
-            .filter(|e| e.path().is_dir())
             .map(|e| e.path())
+            .filter(|dir| is_hierarchy(dir))
             .collect();
     }
     for hierarchy in hierarchies {
-        let dir = hierarchy.join(below);
-        fs::create_dir_all(&dir).map_err(failed)?;
-        // An empty cpuset takes nobody: it starts with its parent's.
-        for file in ["cpuset.cpus", "cpuset.mems"] {
-            if let Ok(text) = fs::read_to_string(dir.join(file))
-                && text.trim().is_empty()
-                && !hierarchy.join("cgroup.controllers").exists()
-                && let Some(parent) = dir.parent()
-                && let Ok(inherited) = fs::read_to_string(parent.join(file))
-            {
-                fs::write(dir.join(file), inherited).map_err(failed)?;
+        let v1 = !hierarchy.join("cgroup.controllers").exists();
+        let mut dir = hierarchy;
+        for name in below.split('/').filter(|n| !n.is_empty()) {
+            let parent = dir.clone();
+            dir.push(name);
+            fs::create_dir_all(&dir).map_err(failed)?;
+            if v1 {
+                inherit_cpus(&parent, &dir).map_err(failed)?;
             }
         }
         fs::write(dir.join("cgroup.procs"), pid.to_string()).map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn is_hierarchy(dir: &Path) -> bool {
+    const CGROUP_SUPER_MAGIC: u64 = 0x27_e0eb;
+    const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
+    rustix::fs::statfs(dir).is_ok_and(|found| {
+        matches!(
+            found.f_type as u64,
+            CGROUP_SUPER_MAGIC | CGROUP2_SUPER_MAGIC
+        )
+    })
+}
+
+/// An empty cpuset takes nobody: a new one starts with its parent's.
+fn inherit_cpus(parent: &Path, dir: &Path) -> std::io::Result<()> {
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        if let Ok(text) = fs::read_to_string(dir.join(file))
+            && text.trim().is_empty()
+        {
+            fs::write(dir.join(file), fs::read_to_string(parent.join(file))?)?;
+        }
     }
     Ok(())
 }

@@ -54,7 +54,11 @@ impl OomWatch {
                 }
             };
             let mask = inotify::WatchFlags::MODIFY;
-            let descriptor = inotify::add_watch(set.fd(), &file, mask)?;
+            let descriptor = match inotify::add_watch(set.fd(), &file, mask) {
+                // The memory controller is not in use there.
+                Err(rustix::io::Errno::NOENT) => return Ok(()),
+                result => result?,
+            };
             if let Some(watched) = self.tasks.get_mut(id) {
                 watched.descriptor = Some(descriptor);
             }
