@@ -124,3 +124,51 @@ impl OomWatch {
         struck
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unified(dir: &std::path::Path) -> Cgroup {
+        Cgroup {
+            v2: Some(dir.to_owned()),
+            v1: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_count_that_grows_in_the_unified_hierarchy_is_a_strike() {
+        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let write = |dir: &tempfile::TempDir, kills: u32| {
+            let text = format!("low 0\nhigh 0\nmax 9\noom {kills}\noom_kill {kills}\n");
+            std::fs::write(dir.path().join("memory.events"), text).unwrap();
+        };
+        // Struck in an earlier life of its cgroup: not news.
+        write(&a, 3);
+        write(&b, 0);
+        let mut poll = Poll::new().unwrap();
+        let mut watch = OomWatch::default();
+        watch.add(&poll, "a", &unified(a.path())).unwrap();
+        watch.add(&poll, "b", &unified(b.path())).unwrap();
+        let none = tempfile::tempdir().unwrap();
+        watch.add(&poll, "c", &unified(none.path())).unwrap();
+        assert!(watch.struck().is_empty());
+        // Other counters of the file change as well.
+        for (dir, kills, want) in [(&b, 0, vec![]), (&b, 1, vec!["b"]), (&a, 5, vec!["a"])] {
+            write(dir, kills);
+            let mut ready = Vec::new();
+            let second = rustix::event::Timespec {
+                tv_sec: 1,
+                tv_nsec: 0,
+            };
+            poll.wait(Some(second), &mut ready).unwrap();
+            assert!(ready.iter().any(|r| r.source == Source::MemoryEvents));
+            watch.acknowledge(Source::MemoryEvents);
+            assert_eq!(watch.struck(), want);
+            assert!(watch.struck().is_empty());
+        }
+        watch.remove("b");
+        write(&b, 2);
+        assert!(watch.struck().is_empty());
+    }
+}

@@ -299,8 +299,10 @@ fn pod_with_a_user_namespace_of_its_network() {
     );
     assert_eq!(fs::metadata(format!("/proc/{pid}")).unwrap().uid(), 165_535);
     // Root of the pod owns its files.
-    let hosts = pod.dir.join("sandbox/pod/hosts");
-    assert_eq!(fs::metadata(hosts).unwrap().uid(), 100_000);
+    for name in ["hosts", "shm"] {
+        let shared = pod.dir.join("sandbox/pod").join(name);
+        assert_eq!(fs::metadata(shared).unwrap().uid(), 100_000, "{name}");
+    }
     stop(&mut pod, &id).unwrap();
     pod.shutdown_sandbox(&id);
     remove_parents(&format!("/coracle-shim-{id}"));

@@ -3,9 +3,6 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-const LOOP_SET_FD: libc::c_ulong = 0x4C00;
-const LOOP_CLR_FD: libc::c_ulong = 0x4C01;
-const LOOP_SET_STATUS64: libc::c_ulong = 0x4C04;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 const LO_FLAGS_READ_ONLY: u32 = 1;
@@ -90,20 +87,5 @@ pub fn attach(device: impl AsFd, file: impl AsFd, name: &[u8], options: Options)
     let shown = name.len().min(63);
     config.info.file_name[..shown].copy_from_slice(&name[..shown]);
     // SAFETY: the kernel reads a loop_config, whose layout this is, that outlives the call.
-    match check(unsafe { libc::ioctl(device, LOOP_CONFIGURE as _, &raw const config) }) {
-        // Before Linux 5.8 there is no such request.
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
-        result => return result.map(drop),
-    }
-    // SAFETY: the argument is a plain descriptor number.
-    check(unsafe { libc::ioctl(device, LOOP_SET_FD as _, file) })?;
-    config.info.flags &= !LO_FLAGS_DIRECT_IO;
-    // SAFETY: the kernel reads a loop_info64, whose layout this is, that outlives the call.
-    let set = check(unsafe { libc::ioctl(device, LOOP_SET_STATUS64 as _, &raw const config.info) });
-    if let Err(e) = set {
-        // SAFETY: takes no argument; the device is the one that we have just set up.
-        unsafe { libc::ioctl(device, LOOP_CLR_FD as _, 0) };
-        return Err(e);
-    }
-    Ok(())
+    check(unsafe { libc::ioctl(device, LOOP_CONFIGURE as _, &raw const config) }).map(drop)
 }

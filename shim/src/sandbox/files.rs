@@ -4,6 +4,7 @@
 //!
 //! Owns: `<sandbox's bundle>/pod`, and the mounts that are added to a container's config.json.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,7 +18,7 @@ use crate::proto::runtime::v1::{DnsConfig, NamespaceMode, PodSandboxConfig, User
 
 const SHM: &str = "shm";
 /// containerd's, and Docker's.
-const SHM_OPTIONS: &std::ffi::CStr = c"mode=1777,size=67108864";
+const SHM_OPTIONS: &str = "mode=1777,size=67108864";
 /// File of ours, and where containers expect it.
 const FILES: [(&str, &str); 3] = [
     ("hostname", "/etc/hostname"),
@@ -64,8 +65,19 @@ pub fn make(bundle: &Path, pod: Option<&PodSandboxConfig>) -> Result<()> {
     let shm = dir.join(SHM);
     fs::create_dir_all(&shm).map_err(failed("mkdir", &shm))?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    rustix::mount::mount("shm", &shm, "tmpfs", flags, Some(SHM_OPTIONS))
-        .map_err(|e| failed("mount tmpfs on", &shm)(e.into()))
+    let (uid, gid) = owner.map_or((None, None), roots);
+    let data = format!(
+        "{SHM_OPTIONS},uid={},gid={}",
+        uid.unwrap_or(0),
+        gid.unwrap_or(0)
+    );
+    CString::new(data)
+        .map_err(io::Error::from)
+        .and_then(|data| {
+            let data = Some(data.as_c_str());
+            Ok(rustix::mount::mount("shm", &shm, "tmpfs", flags, data)?)
+        })
+        .map_err(failed("mount tmpfs on", &shm))
 }
 
 /// Absence is success.
@@ -119,8 +131,12 @@ fn write(path: &Path, content: &[u8], owner: Option<&UserNamespace>) -> io::Resu
     fs::write(path, content)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o644))?;
     let Some(owner) = owner else { return Ok(()) };
-    let (uid, gid) = (root_of(&owner.uids), root_of(&owner.gids));
+    let (uid, gid) = roots(owner);
     std::os::unix::fs::chown(path, uid, gid)
+}
+
+fn roots(userns: &UserNamespace) -> (Option<u32>, Option<u32>) {
+    (root_of(&userns.uids), root_of(&userns.gids))
 }
 
 /// Adds to the container's config.json what it lacks of the pod's files.
