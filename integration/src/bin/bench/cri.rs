@@ -1,5 +1,6 @@
 //! A CRI client for timing: the same calls, over the same kind of socket, to us and to the peer.
 
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -133,6 +134,57 @@ impl Client {
         })
     }
 
+    /// Runs a script in a pod on the host's network, with a log, until the log ends with the line "done":
+    /// how long from StartContainer on, and what `used` grew by meanwhile.
+    pub fn logged(
+        &mut self,
+        (name, image, script): (&str, &str, &str),
+        log: &Path,
+        used: impl Fn() -> Result<Duration>,
+    ) -> Result<(Duration, Duration)> {
+        let namespaces = v1::NamespaceOption {
+            network: v1::NamespaceMode::Node as i32,
+            pid: v1::NamespaceMode::Container as i32,
+            ..Default::default()
+        };
+        let mut sandbox_config = sandbox_config(name, namespaces.clone());
+        let directory = log.parent().context("a log in a folder")?;
+        sandbox_config.log_directory = directory.display().to_string();
+        let mut config = container_config(image, namespaces);
+        config.command = ["sh", "-c", script].map(str::to_owned).to_vec();
+        config.log_path = log.file_name().unwrap_or_default().display().to_string();
+        let request = v1::RunPodSandboxRequest {
+            config: Some(sandbox_config.clone()),
+            ..Default::default()
+        };
+        let answer = self.tokio.block_on(self.runtime.run_pod_sandbox(request))?;
+        let pod = answer.into_inner().pod_sandbox_id;
+        let outcome = self.fill_log(&pod, sandbox_config, config, log, used);
+        self.remove(&pod)?;
+        outcome
+    }
+
+    fn fill_log(
+        &mut self,
+        pod: &str,
+        sandbox_config: v1::PodSandboxConfig,
+        config: v1::ContainerConfig,
+        log: &Path,
+        used: impl Fn() -> Result<Duration>,
+    ) -> Result<(Duration, Duration)> {
+        let before = used()?;
+        let clock = Instant::now();
+        let (create, _) = self.container(pod, sandbox_config, config)?;
+        while !ends_with(log, b" done\n") {
+            anyhow::ensure!(clock.elapsed() < DEADLINE, "{}: no end", log.display());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok((
+            clock.elapsed().saturating_sub(create),
+            used()?.saturating_sub(before),
+        ))
+    }
+
     fn container(
         &mut self,
         pod: &str,
@@ -171,6 +223,17 @@ impl Client {
             .context("remove pod")?;
         Ok(())
     }
+}
+
+fn ends_with(file: &Path, end: &[u8]) -> bool {
+    let read = || {
+        let file = std::fs::File::open(file)?;
+        let mut last = vec![0; end.len()];
+        let at = file.metadata()?.len().saturating_sub(end.len() as u64);
+        file.read_exact_at(&mut last, at)?;
+        std::io::Result::Ok(last == end)
+    };
+    read().unwrap_or(false)
 }
 
 fn image_spec(image: &str) -> v1::ImageSpec {

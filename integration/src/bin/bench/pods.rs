@@ -89,8 +89,8 @@ pub fn inner(rounds: usize, storage: &str) -> Result<()> {
     let (registry, _registry) = registry(dir.path(), storage)?;
     let image = format!("{registry}/coracle/tools:latest");
     let pause = format!("{registry}/pause:3.9");
-    let (ours, _coracled) = coracled(dir.path())?;
-    let (peer, _containerd) = containerd(dir.path(), &pause)?;
+    let (ours, coracled) = coracled(dir.path())?;
+    let (peer, containerd) = containerd(dir.path(), &pause)?;
     let names = [
         "coracled".to_owned(),
         version(&which("containerd").context("containerd")?)?,
@@ -106,8 +106,96 @@ pub fn inner(rounds: usize, storage: &str) -> Result<()> {
     ] {
         comparisons.extend(one(&mut clients, &names, what, net, &image, rounds)?);
     }
+    let parts = [
+        (coracled.0.id(), our("containerd-shim-coracle-v2")?),
+        (
+            containerd.0.id(),
+            which("containerd-shim-runc-v2").context("containerd's shim")?,
+        ),
+    ];
+    comparisons.extend(logs(&mut clients, &names, &parts, &image, dir.path())?);
     println!("{}", serde_json::to_string(&comparisons)?);
     Ok(())
+}
+
+/// Lines of 100 bytes, and how many.
+const LINES: u64 = 1_000_000;
+const LOG_ROUNDS: usize = 3;
+
+/// A container that writes lines as fast as it can, into the log that a kubelet would read.
+fn logs(
+    clients: &mut [Client; 2],
+    names: &[String; 2],
+    parts: &[(u32, PathBuf); 2],
+    image: &str,
+    dir: &Path,
+) -> Result<Vec<Comparison>> {
+    let clock = "Clock: from StartContainer to the last line in the CRI log. `cat` writes.";
+    let what = format!("{LINES} lines of 100 bytes into a CRI log");
+    // The writer is not what is measured: it copies a file of a hundredth of the lines.
+    let script = format!(
+        "yes {} | head -n {} >/lines; for i in $(seq 100); do cat /lines; done; echo done",
+        "x".repeat(99),
+        LINES / 100
+    );
+    let labels = [names[0].as_str(), names[1].as_str()];
+    let mut cpu: Vec<Vec<f64>> = vec![Vec::new(), Vec::new()];
+    let wall = Comparison::take(&what, clock, &labels, LOG_ROUNDS, |program, round| {
+        let folder = dir.join(format!("logs-{program}-{round}"));
+        fs::create_dir(&folder)?;
+        let log = folder.join("main.log");
+        let name = format!("log-{program}-{round}");
+        let (took, used) = clients[program].logged((&name, image, &script), &log, || {
+            cpu_of(parts[program].0, &parts[program].1)
+        })?;
+        fs::remove_dir_all(&folder)?;
+        if round > 0 {
+            cpu[program].push(used.as_secs_f64() * 1e3);
+        }
+        Ok(took)
+    })?;
+    let used = Comparison {
+        what: format!("{what}: CPU of daemon and shim"),
+        clock: "schedstat of every thread, over the above and the container's creation.".to_owned(),
+        unit: MILLISECONDS.to_owned(),
+        series: (0..2)
+            .map(|program| Series {
+                program: names[program].clone(),
+                samples: cpu[program].clone(),
+            })
+            .collect(),
+        goals: Vec::new(),
+    };
+    Ok(vec![wall.goal(&names[1], 0.5), used.goal(&names[1], 0.5)])
+}
+
+/// CPU time of a daemon and of every process that runs its shim.
+fn cpu_of(daemon: u32, shim: &Path) -> Result<Duration> {
+    let shim = fs::canonicalize(shim)?;
+    let mut nanos = 0;
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let name = entry.file_name();
+        let Ok(pid) = name.to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let runs_shim = fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == shim);
+        if pid != daemon && !runs_shim {
+            continue;
+        }
+        for task in fs::read_dir(entry.path().join("task"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let text = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
+            let first = text
+                .split_whitespace()
+                .next()
+                .and_then(|word| word.parse::<u64>().ok());
+            nanos += first.unwrap_or(0);
+        }
+    }
+    Ok(Duration::from_nanos(nanos))
 }
 
 /// The pods' parent cgroup is the client's to make and to remove, as the kubelet does.
