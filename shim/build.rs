@@ -7,6 +7,7 @@ const FILES: &[&str] = &[
     "cgroups/v1/metrics.proto",
     "cgroups/v2/metrics.proto",
     "containerd/events/task.proto",
+    "containerd/linux/runc/options.proto",
     "containerd/runc/v1/options.proto",
     "containerd/runtime/bootstrap/v1/bootstrap.proto",
     "containerd/runtime/sandbox/v1/sandbox.proto",

@@ -9,6 +9,7 @@ use prost::Message;
 use prost_types::Any;
 
 use crate::error::{Error, Kind, Result};
+use crate::proto::containerd::linux::runc as old;
 use crate::proto::containerd::runc::v1 as runc;
 use crate::proto::runtimeoptions::v1 as generic;
 
@@ -43,6 +44,33 @@ impl From<runc::Options> for Options {
     }
 }
 
+impl TryFrom<old::CreateOptions> for Options {
+    type Error = &'static str;
+
+    fn try_from(o: old::CreateOptions) -> std::result::Result<Options, &'static str> {
+        // They were for a restore.
+        let other = o.open_tcp
+            || o.external_unix_sockets
+            || o.terminal
+            || o.file_locks
+            || !o.empty_namespaces.is_empty()
+            || !o.cgroups_mode.is_empty();
+        if other {
+            return Err("options of CRIU are not taken from here");
+        }
+        Ok(Options {
+            no_pivot_root: o.no_pivot_root,
+            no_new_keyring: o.no_new_keyring,
+            shim_cgroup: o.shim_cgroup,
+            io_uid: o.io_uid,
+            io_gid: o.io_gid,
+            criu_image_path: o.criu_image_path.into(),
+            criu_work_path: o.criu_work_path.into(),
+            ..Options::default()
+        })
+    }
+}
+
 /// The message's name without the prefix that some daemons put before it.
 pub fn message_name(any: &Any) -> &str {
     any.type_url.rsplit('/').next().unwrap_or("")
@@ -69,7 +97,13 @@ pub fn parse(any: Option<&Any>) -> Result<Options> {
                 .map_err(|e| Error::new(Kind::Invalid, "read", &options.config_path).source(e))?;
             toml(&text)
         }
-        // containerd 1.x sends this one to runtimes of other types for Checkpoint only.
+        // Clients of containerd 1.x, to a runtime of any type but their own: `ctr run --uidmap`.
+        "containerd.linux.runc.CreateOptions" => {
+            let options = old::CreateOptions::decode(any.value.as_slice()).map_err(bad)?;
+            options
+                .try_into()
+                .map_err(|why| Error::new(Kind::Invalid, "options", &any.type_url).source(why))
+        }
         _ => Err(Error::new(
             Kind::Invalid,
             "options of unknown type",
@@ -160,6 +194,23 @@ mod tests {
         assert_eq!(options.root, "/r");
         assert!(options.systemd_cgroup);
         assert_eq!(options.io_uid, 5);
+    }
+
+    #[test]
+    fn options_of_an_old_client() {
+        let mut old = old::CreateOptions {
+            io_uid: 7,
+            shim_cgroup: "/s".into(),
+            ..Default::default()
+        };
+        let any = |old: &old::CreateOptions| Any {
+            type_url: "containerd.linux.runc.CreateOptions".into(),
+            value: old.encode_to_vec(),
+        };
+        let options = parse(Some(&any(&old))).unwrap();
+        assert_eq!((options.io_uid, options.shim_cgroup.as_str()), (7, "/s"));
+        old.open_tcp = true;
+        assert!(parse(Some(&any(&old))).is_err());
     }
 
     #[test]

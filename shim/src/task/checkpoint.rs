@@ -12,6 +12,7 @@ use crate::events::Event;
 use crate::options::message_name;
 use crate::process::ProcessId;
 use crate::proto::containerd::events as ev;
+use crate::proto::containerd::linux::runc as old;
 use crate::proto::containerd::runc::v1 as runc;
 use crate::proto::containerd::task::v2 as wire;
 use crate::service::Reply;
@@ -106,15 +107,34 @@ fn options(r: &wire::CheckpointTaskRequest) -> Result<runc::CheckpointOptions> {
     let Some(any) = r.options.as_ref().filter(|any| !any.value.is_empty()) else {
         return Ok(runc::CheckpointOptions::default());
     };
-    if message_name(any) != "containerd.runc.v1.CheckpointOptions" {
-        return Err(Error::new(
+    let bad = |e: prost::DecodeError| Error::new(Kind::Invalid, "options", &any.type_url).source(e);
+    match message_name(any) {
+        "containerd.runc.v1.CheckpointOptions" => {
+            prost::Message::decode(any.value.as_slice()).map_err(bad)
+        }
+        // Clients of containerd 1.x, to a runtime of any type but their own.
+        "containerd.linux.runc.CheckpointOptions" => {
+            let o: old::CheckpointOptions =
+                prost::Message::decode(any.value.as_slice()).map_err(bad)?;
+            Ok(runc::CheckpointOptions {
+                exit: o.exit,
+                open_tcp: o.open_tcp,
+                external_unix_sockets: o.external_unix_sockets,
+                terminal: o.terminal,
+                file_locks: o.file_locks,
+                empty_namespaces: o.empty_namespaces,
+                cgroups_mode: o.cgroups_mode,
+                image_path: o.image_path,
+                work_path: o.work_path,
+                parent_path: String::new(),
+            })
+        }
+        _ => Err(Error::new(
             Kind::Invalid,
             "options of unknown type",
             &any.type_url,
-        ));
+        )),
     }
-    prost::Message::decode(any.value.as_slice())
-        .map_err(|e| Error::new(Kind::Invalid, "options", &any.type_url).source(e))
 }
 
 fn arguments(
@@ -205,6 +225,19 @@ mod tests {
             !options(&wire::CheckpointTaskRequest::default())
                 .unwrap()
                 .exit
+        );
+        // The two paths have changed places since.
+        let mut request_of_old = request("containerd.linux.runc.CheckpointOptions");
+        let value = old::CheckpointOptions {
+            image_path: "/i".into(),
+            work_path: "/w".into(),
+            ..Default::default()
+        };
+        request_of_old.options.as_mut().unwrap().value = value.encode_to_vec();
+        let got = options(&request_of_old).unwrap();
+        assert_eq!(
+            (got.image_path.as_str(), got.work_path.as_str()),
+            ("/i", "/w")
         );
         assert_eq!(options(&request("x.Y")).unwrap_err().kind(), Kind::Invalid);
     }

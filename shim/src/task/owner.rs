@@ -217,10 +217,18 @@ impl Supervisor {
 
     fn processes_of(&self, id: &ProcessId) -> Result<Vec<u8>> {
         let task = self.task(id)?;
-        let pids = task
+        let mut pids = task
             .cgroup
             .pids()
             .map_err(|e| Error::io("read cgroup.procs", &id.task, e))?;
+        // containerd (1.7 and later) takes a task without processes for a leaked shim when it
+        // starts, and forgets the task with its exit code: one that ended while nobody was there
+        // to be told shows the pid whose exit is still to be fetched.
+        if let (true, State::Exited { exit } | State::Stopped { exit }) =
+            (pids.is_empty(), &task.init.state)
+        {
+            pids.push(exit.pid);
+        }
         let details = |pid: i32| {
             let exec = task
                 .execs
