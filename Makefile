@@ -23,7 +23,7 @@ BIN_DIR  := $(abspath $(OUT))
 RUN_ENV  := CORACLE_CACHE="$(CORACLE_CACHE)" CORACLE_BIN_DIR="$(BIN_DIR)"
 
 .PHONY: help build tools man completions run test test-host test-vm bench check install clean deps \
-    cve-replay sweep \
+    cve-replay sweep matrix \
     check-format check-lints check-units check-architecture check-dependencies fuzz
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo 'make cve-replay RUNTIME=path  what attacked container runtimes once, against any of them'
 	@echo 'make sweep     every command with a fault at every system call; SWEEP="--verb run --fault kill"'
 	@echo 'make check     format, lints, unit tests, architecture, licences'
+	@echo 'make matrix    what containerd 1.6, 1.7, testing and 2.4 can do with the shim, as a table'
 	@echo 'make fuzz      the fuzz targets of the runtime, FUZZ_SECONDS (30) each'
 	@echo 'make man       manual pages in $(OUT)/man; make completions: for bash, zsh and fish'
 	@echo 'make install   binaries, systemd unit, manual and completions under DESTDIR and PREFIX'
@@ -84,6 +85,11 @@ test-vm: deps build tools
 	$(CARGO) test --locked --no-run --message-format=json -p coracle -p coracle-integration \
 	    $(VM_TESTS) > $(OUT)/vm-tests.json
 	$(RUN_ENV) $(OUT)/vm test --tests $(OUT)/vm-tests.json $(if $(TEST),--filter $(TEST))
+
+# The table alone; `make test` has it among the others. TEST=name: those cells whose name holds it.
+matrix: deps build tools
+	@$(RUN_ENV) CORACLE_FIXTURES="$$($(RUN_ENV) $(OUT)/fixtures storage)" \
+	    $(CARGO) test --locked --quiet -p coracle-integration --test containerd_matrix -- $(TEST)
 
 bench: deps build tools
 	@$(RUN_ENV) $(OUT)/bench --out $(CARGO_TARGET_DIR)/bench $(BENCH_ARGS)

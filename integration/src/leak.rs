@@ -180,12 +180,7 @@ pub fn sweep(mark: &str, dir: &Path) {
         if left.is_empty() {
             break;
         }
-        for process in left {
-            let pid = process.split(' ').next().and_then(|p| p.parse().ok());
-            if let Some(pid) = pid.and_then(Pid::from_raw) {
-                let _ = kill_process(pid, Signal::KILL);
-            }
-        }
+        left.iter().for_each(|process| kill(process));
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
     let mut targets: Vec<String> = mounts()
@@ -200,6 +195,14 @@ pub fn sweep(mark: &str, dir: &Path) {
         let _ = nix::mount::umount2(target.as_str(), nix::mount::MntFlags::MNT_DETACH);
     }
     remove_cgroups(mark);
+}
+
+/// SIGKILL for one of `processes`.
+pub fn kill(process: &str) {
+    let pid = process.split(' ').next().and_then(|p| p.parse().ok());
+    if let Some(pid) = pid.and_then(Pid::from_raw) {
+        let _ = kill_process(pid, Signal::KILL);
+    }
 }
 
 /// Removes the test's empty cgroups, children first.

@@ -15,6 +15,7 @@
 //! generated  bundles from a grammar of config features, each from its seed
 //! differ     what two runtimes make of the same bundle, and where they differ
 //! stage      what an engine of somebody else runs on: namespaces, registry, leak check
+//! containerd containerd of several releases, one of them running
 //! terminal   a program on a pseudoterminal
 //! vm         a guest with cgroup v2, systemd, AppArmor and CRIU
 //! sweep      a fault at every system call of a runtime's command
@@ -24,6 +25,7 @@
 
 pub mod binaries;
 pub mod bundle;
+pub mod containerd;
 pub mod crictl;
 pub mod criu;
 pub mod cve;
