@@ -467,6 +467,30 @@ fn failed_starts_leave_no_unit() -> Result<()> {
 }
 
 /// Killed at any moment, `create` leaves what `delete --force` takes away: the unit above all.
+/// systemd takes the scope away as soon as the init has ended, maybe while its limits are still
+/// being written: the reason is the init's, not that the cgroup is gone.
+#[test]
+fn init_that_fails_at_once_says_why() -> Result<()> {
+    need_guest!();
+    let scope = Scope::new("early")?;
+    let mount = json!({"destination": "/x", "type": "nosuchfs", "source": "none"});
+    let config = scope
+        .config(&["true"])
+        .push("/mounts", mount)
+        .set("/linux/resources/pids", json!({"limit": 42}));
+    let bundle = scope.bundle(&config)?;
+    for _ in 0..5 {
+        let run = ["--systemd-cgroup", "run", "-b", &bundle, &scope.id];
+        let error = scope.runtime.refused(&run)?;
+        ensure!(
+            error.contains("error during container init") && error.contains("nosuchfs"),
+            "{error}"
+        );
+    }
+    ensure!(Systemctl.is_gone(&scope.unit())?, "the unit is left");
+    scope.bench.finish()
+}
+
 #[test]
 fn killed_create_leaves_no_unit() -> Result<()> {
     need_guest!();

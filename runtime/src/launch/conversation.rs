@@ -1,10 +1,11 @@
 //! The parent's half of the talk with a child that prepares itself.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use coracle_oci::spec::Hooks;
 use coracle_oci::state::{State, Status};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::channel::{Channel, Report};
 use super::seccomp_agent;
@@ -28,6 +29,8 @@ pub struct Conversation<'a> {
     /// The terminal, when there is no socket to send it to.
     pub master: Option<OwnedFd>,
 }
+
+const IN_INIT: &str = "error during container init";
 
 /// What the parent waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,7 +131,25 @@ impl<'a> Conversation<'a> {
         if error.kind() == Kind::Exec || self.state.status == Status::Running {
             return error;
         }
-        error.context("error during container init")
+        error.context(IN_INIT)
+    }
+}
+
+/// What a child that has ended had to say: the reason of what failed here for want of it. systemd
+/// takes the cgroup of a scope away with its last process, under who still writes the limits.
+pub fn last_words(channel: &Channel, pidfd: BorrowedFd<'_>) -> Option<Error> {
+    let mut ended = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
+    if poll(&mut ended, Some(&Timespec::default())).ok()? == 0 {
+        return None;
+    }
+    loop {
+        match channel.next().ok()? {
+            Report::Failed(error) if error.kind() == Kind::Exec => return Some(error),
+            Report::Failed(error) => return Some(error.context(IN_INIT)),
+            Report::Closed => return None,
+            // What it asked for before is of no use to it now.
+            _ => {}
+        }
     }
 }
 
@@ -145,4 +166,32 @@ pub fn runtime_hooks(hooks: &Hooks, state: &State, cwd: &Path) -> Result<()> {
         hooks::run(point, list.as_deref().unwrap_or_default(), state, Some(cwd))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_dead_have_last_words_and_the_living_none() {
+        let mut sleeper = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .unwrap();
+        let pid = rustix::process::Pid::from_child(&sleeper);
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        let (ours, theirs) = Channel::pair().unwrap();
+        theirs.report_hooks().unwrap();
+        let failure = Error::new(Kind::System, "mount", "/nowhere");
+        theirs.report_failure(&failure).unwrap();
+        drop(theirs);
+        assert!(last_words(&ours, pidfd.as_fd()).is_none());
+        sleeper.kill().unwrap();
+        let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
+        poll(&mut ended, None).unwrap();
+        let words = last_words(&ours, pidfd.as_fd()).unwrap();
+        sleeper.wait().unwrap();
+        assert!(format!("{words:#}").starts_with("error during container init: mount"));
+        assert!(last_words(&ours, pidfd.as_fd()).is_none());
+    }
 }

@@ -433,7 +433,9 @@ fn start(
     if plan.namespaces.network_apart {
         network::make(&channel)?;
     }
-    cgroup.apply_limits(&cgroup_plan)?;
+    cgroup
+        .apply_limits(&cgroup_plan)
+        .map_err(|error| conversation::last_words(&channel, pidfd.as_fd()).unwrap_or(error))?;
     if let Some(resctrl) = resctrl {
         undo.resctrl = Some(resctrl.record().clone());
         resctrl.apply(pid)?;
