@@ -78,6 +78,7 @@ pub fn make(wanted: &Wanted<'_>, bundle: &Path) -> Result<Made> {
     };
     let linux = pod.linux.clone().unwrap_or_default();
     let options = namespace_options(&linux);
+    check_user_namespace(&options)?;
     let mut userns = None;
     let mut userns_path = String::new();
     let mut root = (0, 0);
@@ -167,9 +168,25 @@ fn namespace_options(linux: &LinuxPodSandboxConfig) -> NamespaceOption {
         .unwrap_or_default()
 }
 
-fn user_namespace(options: &NamespaceOption) -> Option<UserNamespace> {
-    let asked = options.userns_options.clone()?;
+fn user_namespace(options: &NamespaceOption) -> Option<&UserNamespace> {
+    let asked = options.userns_options.as_ref()?;
     (asked.mode() == NamespaceMode::Pod).then_some(asked)
+}
+
+/// The kubelet's API knows the pod's and the node's user namespace, and a pod's has ids.
+fn check_user_namespace(options: &NamespaceOption) -> Result<()> {
+    let bad = |why: &str| Err(Error::new(Kind::Invalid, "userns_options", why));
+    match &options.userns_options {
+        None => Ok(()),
+        Some(asked) => match asked.mode() {
+            NamespaceMode::Node => Ok(()),
+            NamespaceMode::Pod if asked.uids.is_empty() || asked.gids.is_empty() => {
+                bad("a pod's own without mappings")
+            }
+            NamespaceMode::Pod => Ok(()),
+            mode => bad(&format!("mode {}", mode.as_str_name())),
+        },
+    }
 }
 
 fn owner_of(netns: &str) -> Result<OwnedFd> {
@@ -434,6 +451,35 @@ mod tests {
         let user = &got.spec["process"]["user"];
         assert_eq!((&user["uid"], &user["gid"]), (&json!(65535), &json!(0)));
         assert_eq!(got.spec["linux"]["uidMappings"][0]["hostID"], 100_000);
+    }
+
+    #[test]
+    fn only_the_pods_and_the_nodes_user_namespace_are_known() {
+        let dir = tempfile::tempdir().unwrap();
+        for (mode, text) in [
+            (NamespaceMode::Container, "mode CONTAINER"),
+            (NamespaceMode::Target, "mode TARGET"),
+            (NamespaceMode::Pod, "without mappings"),
+        ] {
+            let options = NamespaceOption {
+                userns_options: Some(UserNamespace {
+                    mode: mode as i32,
+                    ..Default::default()
+                }),
+                ..Default::default()
+            };
+            let pod = pod(options);
+            let wanted = Wanted {
+                id: "s1",
+                namespace: "k8s.io",
+                netns: "",
+                annotations: &BTreeMap::new(),
+                pod: Some(&pod),
+            };
+            let error = make(&wanted, dir.path()).err().unwrap();
+            assert_eq!(error.kind(), Kind::Invalid);
+            assert!(error.to_string().contains(text), "{error}");
+        }
     }
 
     #[test]
