@@ -250,6 +250,11 @@ impl Supervisor {
         }
     }
 
+    /// Whoever asked is still there to hear the answer.
+    pub fn is_heard(&self, reply: Reply) -> bool {
+        self.connections.contains_key(&reply.connection)
+    }
+
     /// What a client asked for goes on; only its answers are lost.
     fn hang_up(&mut self, id: u32) {
         self.connections.remove(&id);

@@ -474,12 +474,18 @@ impl Supervisor {
         if self.is_sandbox(&task.id) {
             self.forget_sandbox();
         }
+        let heard = reply.is_some_and(|reply| self.is_heard(reply));
         self.tell(reply, Err(error));
         for waiter in std::mem::take(&mut task.init.waiters) {
             self.answer(waiter, Err(not_found("task", &task.id)));
         }
         for (request, fds, reply) in std::mem::take(&mut task.init.parked) {
             self.dispatch(request, fds, reply);
+        }
+        // The daemon that asked has died. The one after it knows us and no task of ours: it would
+        // neither delete one nor let us go, and learns by our end that there is nothing.
+        if !heard && self.tasks.is_empty() {
+            self.end();
         }
     }
 

@@ -115,10 +115,10 @@ pub fn decide(state: &State, asked: Asked) -> Decision {
     use Decision::{AlreadyDone, Deny, Do, KillThenDelete, Later};
     match state {
         State::Creating => match asked {
-            A::Report | A::Wait => Do,
+            // No process yet: a restarted containerd clears such a task away by that answer.
+            A::Report | A::Wait | A::Pids => Do,
             A::Start
             | A::Delete
-            | A::Pids
             | A::Pause
             | A::Resume
             | A::Checkpoint
@@ -347,7 +347,7 @@ mod tests {
     #[test]
     fn every_state_and_request() {
         let table = [
-            (State::Creating, "dllllllllllldlll"),
+            (State::Creating, "dlldlllllllldlll"),
             (State::Created { pid: Some(7) }, "ddkd111ddddddddd"),
             (State::Created { pid: None }, "ddkd1110dadddddd"),
             (
