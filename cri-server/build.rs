@@ -28,8 +28,12 @@ fn shim(root: &Path) -> Result<(), Failure> {
     collect(root, root, &mut protos)?;
     protos.sort();
     let files = protox::compile(&protos, [root])?;
+    // Of its own: both sides have a package runtime.v1, and files are named after packages.
+    let out = PathBuf::from(std::env::var("OUT_DIR")?).join("shim");
+    std::fs::create_dir_all(&out)?;
     prost_build::Config::new()
-        .include_file("shim_protos.rs")
+        .out_dir(&out)
+        .include_file("mod.rs")
         .compile_fds(files)?;
     Ok(())
 }

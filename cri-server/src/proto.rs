@@ -9,5 +9,5 @@ pub mod cri {
 /// containerd's task service and the shim's private service: what we speak to shims.
 #[allow(clippy::all, clippy::unwrap_used, missing_docs)]
 pub mod shim {
-    include!(concat!(env!("OUT_DIR"), "/shim_protos.rs"));
+    include!(concat!(env!("OUT_DIR"), "/shim/mod.rs"));
 }
