@@ -378,3 +378,61 @@ fn nothing_stays_mounted_whoever_dies_first() {
     }
     pod.shutdown();
 }
+
+#[test]
+fn helpers_mount_what_is_theirs() {
+    let helpers = tempfile::tempdir().unwrap();
+    let program = helpers.path().join("mount.fuse3");
+    // Stands for fuse-overlayfs: notes what it was asked for, and mounts.
+    let body = "#!/bin/sh\n[ \"$1\" = overlay ] || { echo bad source >&2; exit 3; }\n\
+        echo \"$*\" > \"${0%/*}/asked\"\nmount --rbind \"${0%/*}/root\" \"$2\"\n";
+    fs::write(&program, body).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new(SHIM);
+    let path = std::env::var("PATH").unwrap();
+    command.env("PATH", format!("{}:{path}", helpers.path().display()));
+    let Some(mut pod) = Pod::by("helper", "", command, |_| {}) else {
+        return;
+    };
+    std::os::unix::fs::symlink(pod.dir.join("image"), helpers.path().join("root")).unwrap();
+    let config = pod.config("a", "echo inside");
+    let source = Path::new("overlay");
+    let options = ["lowerdir=/l1:/l2", "upperdir=/u", "ro"];
+    let root = mount("fuse3.fuse-overlayfs", source, &options);
+    assert_eq!(output(&mut pod, &config, vec![root]), ["stdout F inside"]);
+    let asked = fs::read_to_string(helpers.path().join("asked")).unwrap();
+    let want = format!(
+        "overlay {} -o lowerdir=/l1:/l2 -o upperdir=/u -o ro -t fuse-overlayfs\n",
+        pod.bundle("a").join("rootfs").display()
+    );
+    assert_eq!(asked, want);
+    // One that fails, in its own words, and one that is not there.
+    let mut request = pod.request("a", &config);
+    request.rootfs = vec![mount("fuse3.fuse-overlayfs", Path::new("x"), &[])];
+    let error = pod.create(&request).unwrap_err();
+    assert!(error.message.contains("bad source"), "{error:?}");
+    fs::remove_file(&program).unwrap();
+    let error = pod.create(&request).unwrap_err();
+    assert!(error.message.contains("mount.fuse3"), "{error:?}");
+    pod.shutdown();
+}
+
+#[test]
+fn fuse_overlayfs_ends_with_its_container() {
+    let Some(mut pod) = Pod::new("fuse") else {
+        return;
+    };
+    if !run("fuse-overlayfs", &["--version"]) || !Path::new("/dev/fuse").exists() {
+        say_skipped("needs fuse-overlayfs and /dev/fuse");
+        return pod.shutdown();
+    }
+    let shim = pod.shim_pid();
+    let config = pod.config("a", "echo inside; echo written > /written");
+    let mut root = pod.request("a", &config).rootfs;
+    root[0].r#type = "fuse3.fuse-overlayfs".to_owned();
+    assert_eq!(output(&mut pod, &config, root), ["stdout F inside"]);
+    let written = pod.bundle("a").join("upper/written");
+    assert_eq!(fs::read_to_string(written).unwrap(), "written\n");
+    wait_until("its program to end", || children(shim).is_empty());
+    pod.shutdown();
+}

@@ -3,15 +3,16 @@
 //! Owns: the translation of mount options. The target is the daemon's own bundle, never a path
 //! inside an untrusted tree. An option that cannot be honoured is an error that names it.
 //! `overlay` knows what that file system needs, `idmap` the owners that a mount shows, `device`
-//! files that are mounted.
+//! files that are mounted, `helper` the programs that mount.
 
 mod device;
+mod helper;
 mod idmap;
 mod overlay;
 
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MountFlags, MountPropagationFlags, UnmountFlags};
@@ -142,8 +143,7 @@ pub fn mount_all(mounts: &[Mount], rootfs: &Path) -> Result<()> {
     Ok(())
 }
 
-fn mount_one(mount: &Mount, rootfs: &Path) -> Result<()> {
-    let plan = plan(mount)?;
+fn target_of(mount: &Mount, rootfs: &Path) -> Result<PathBuf> {
     let relative = Path::new(mount.target.trim_start_matches('/'));
     if relative
         .components()
@@ -155,11 +155,19 @@ fn mount_one(mount: &Mount, rootfs: &Path) -> Result<()> {
             &mount.target,
         ));
     }
-    let target = if mount.target.is_empty() {
-        rootfs.to_owned()
-    } else {
-        rootfs.join(relative)
-    };
+    Ok(match mount.target.as_str() {
+        "" => rootfs.to_owned(),
+        _ => rootfs.join(relative),
+    })
+}
+
+fn mount_one(mount: &Mount, rootfs: &Path) -> Result<()> {
+    let target = target_of(mount, rootfs)?;
+    if let Some((program, name)) = helper::of(&mount.r#type) {
+        // Its options are its own.
+        return helper::mount(mount, program, name, &target);
+    }
+    let plan = plan(mount)?;
     let failed = |e: Errno| {
         let text = format!("{} {} on {}", mount.r#type, mount.source, target.display());
         Error::io("mount", text, e)
