@@ -148,20 +148,13 @@ fn remove_parents(name: &str) {
     let _ = fs::remove_dir(format!("/sys/fs/cgroup{name}"));
 }
 
-#[test]
-fn pod_lives_from_create_to_shutdown() {
-    let events = events::Daemon::start();
-    let Some(mut pod) = Pod::by("pod", events.address(), Command::new(SHIM), |_| {}) else {
-        return;
-    };
-    let network = Network::new(&["--net"]);
-    let id = pod.id("sandbox");
-    let parent = format!("/coracle-shim-{id}");
-    let asked = request(&pod, &id, &network.path(), &pod_config(&parent));
-    create(&mut pod, &asked).unwrap();
-    assert_eq!(status(&mut pod, &id).unwrap().state, "SANDBOX_NOTREADY");
-    let started = start(&mut pod, &id).unwrap();
-    let pid = started.pid;
+fn has_namespaces_and_answers(
+    pod: &mut Pod,
+    id: &str,
+    started: &wire::StartSandboxResponse,
+    network: &Network,
+) {
+    let (pid, id) = (started.pid, id.to_owned());
     assert!(alive(pid) && started.created_at.is_some());
     assert_eq!(
         namespace(pid, "net"),
@@ -174,7 +167,7 @@ fn pod_lives_from_create_to_shutdown() {
             "{kind}"
         );
     }
-    let got = status(&mut pod, &id).unwrap();
+    let got = status(pod, &id).unwrap();
     assert_eq!((got.state.as_str(), got.pid), ("SANDBOX_READY", pid));
     assert!(got.info["info"].contains("\"running\"") && got.created_at == started.created_at);
     let platform = wire::PlatformRequest {
@@ -186,12 +179,15 @@ fn pod_lives_from_create_to_shutdown() {
         sandbox_id: id.clone(),
     };
     pod.client.sandbox::<()>("PingSandbox", &ping).unwrap();
+}
 
+/// By a first container, which is deleted again.
+fn shares_files_and_buries_orphans(pod: &mut Pod, pid: u32) {
     let script = "cat /etc/hostname /etc/resolv.conf /proc/sys/kernel/shm_rmid_forced; \
                   busybox hostname; cat /proc/1/cmdline | busybox tr '\\0' ' '; echo; \
                   echo shared > /dev/shm/file; (sleep 0.2 &)";
-    let config = member(&pod, pid, "a", script);
-    run(&mut pod, &config, "a");
+    let config = member(pod, pid, "a", script);
+    run(pod, &config, "a");
     assert_eq!(pod.wait("a", "").unwrap(), 0);
     let want = [
         "web",
@@ -203,19 +199,12 @@ fn pod_lives_from_create_to_shutdown() {
         "/pause pause ",
     ];
     assert_eq!(pod.lines("a"), want.map(|l| format!("stdout F {l}")));
-    // Deleting the only container, and the Shutdown that daemons send after that, leave the pod.
     pod.delete("a", "").unwrap();
-    let shutdown = task::ShutdownRequest {
-        id: pod.id("a"),
-        now: false,
-    };
-    pod.client.call::<()>("Shutdown", &shutdown).unwrap();
-    let config = member(&pod, pid, "b", "cat /dev/shm/file; sleep 100");
-    run(&mut pod, &config, "b");
-    wait_until("output", || {
-        pod.log("b").exists() && !pod.lines("b").is_empty()
-    });
-    assert_eq!(pod.lines("b"), ["stdout F shared"]);
+    wait_until("the orphan to be buried", || children(pid).is_empty());
+}
+
+fn has_metrics(pod: &mut Pod, id: &str) {
+    let id = id.to_owned();
     let metrics = wire::SandboxMetricsRequest {
         sandbox_id: id.clone(),
     };
@@ -230,6 +219,37 @@ fn pod_lives_from_create_to_shutdown() {
             .type_url
             .starts_with("io.containerd.cgroups.v")
     );
+}
+
+#[test]
+fn pod_lives_from_create_to_shutdown() {
+    let events = events::Daemon::start();
+    let Some(mut pod) = Pod::by("pod", events.address(), Command::new(SHIM), |_| {}) else {
+        return;
+    };
+    let network = Network::new(&["--net"]);
+    let id = pod.id("sandbox");
+    let parent = format!("/coracle-shim-{id}");
+    let asked = request(&pod, &id, &network.path(), &pod_config(&parent));
+    create(&mut pod, &asked).unwrap();
+    assert_eq!(status(&mut pod, &id).unwrap().state, "SANDBOX_NOTREADY");
+    let started = start(&mut pod, &id).unwrap();
+    let pid = started.pid;
+    has_namespaces_and_answers(&mut pod, &id, &started, &network);
+    shares_files_and_buries_orphans(&mut pod, pid);
+    // Deleting the only container, and the Shutdown that daemons send after that, leave the pod.
+    let shutdown = task::ShutdownRequest {
+        id: pod.id("a"),
+        now: false,
+    };
+    pod.client.call::<()>("Shutdown", &shutdown).unwrap();
+    let config = member(&pod, pid, "b", "cat /dev/shm/file; sleep 100");
+    run(&mut pod, &config, "b");
+    wait_until("output", || {
+        pod.log("b").exists() && !pod.lines("b").is_empty()
+    });
+    assert_eq!(pod.lines("b"), ["stdout F shared"]);
+    has_metrics(&mut pod, &id);
 
     let mut waiter = pod.connect();
     let wait = wire::WaitSandboxRequest {

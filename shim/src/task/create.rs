@@ -96,12 +96,7 @@ impl Supervisor {
         }
     }
 
-    pub fn prepare(
-        &mut self,
-        r: &wire::CreateTaskRequest,
-        fds: Vec<OwnedFd>,
-        reply: Reply,
-    ) -> Result<()> {
+    fn check_create(&self, r: &wire::CreateTaskRequest) -> Result<()> {
         if self.is_ending() {
             return Err(Error::new(Kind::Unavailable, "shim", "is shutting down"));
         }
@@ -113,18 +108,26 @@ impl Supervisor {
                 format!("{}: already exists", r.id),
             ));
         }
+        for (name, path) in [("checkpoint", &r.checkpoint), ("bundle", &r.bundle)] {
+            let wanted = name == "bundle" || !path.is_empty();
+            if wanted && !Path::new(path).is_absolute() {
+                return Err(Error::new(Kind::Invalid, name, path).source("not absolute"));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn prepare(
+        &mut self,
+        r: &wire::CreateTaskRequest,
+        fds: Vec<OwnedFd>,
+        reply: Reply,
+    ) -> Result<()> {
+        self.check_create(r)?;
         let options = crate::options::parse(r.options.as_ref())?;
         let runtime = Runtime::new(&options, &self.config.namespace)?;
-        if !r.checkpoint.is_empty() && !Path::new(&r.checkpoint).is_absolute() {
-            return Err(
-                Error::new(Kind::Invalid, "checkpoint", &r.checkpoint).source("not absolute")
-            );
-        }
         let wanted = Wanted::parse(&r.stdin, &r.stdout, &r.stderr, r.terminal)?;
         let bundle = PathBuf::from(&r.bundle);
-        if !bundle.is_absolute() {
-            return Err(Error::new(Kind::Invalid, "bundle", &r.bundle).source("not absolute"));
-        }
         self.share_with(&bundle)?;
         let shared_pids = shares_pids(&bundle)?;
         let id = ProcessId::new(&r.id, "");
