@@ -20,6 +20,8 @@ use crate::poll::{Endpoint, Interest, Poll};
 /// Reads per wake-up: other descriptors get their turn in between.
 const BUDGET: usize = 16;
 const LARGE_PIPE: usize = 1 << 20;
+/// So many bytes at once mean more to come, for which a pipe of the usual size is too small.
+const MUCH: usize = 32 * 1024;
 const FORMAT_CHUNK: usize = 16 * 1024;
 const WRITE_BATCH: usize = 64 * 1024;
 
@@ -64,6 +66,12 @@ pub struct Drain {
     enlarged: bool,
     /// Something moved since the last look; for the bounded end.
     moved: bool,
+}
+
+/// Fewer wake-ups for the same bytes. Refused for a console, and over the user's quota of pipe pages: then
+/// the pipe stays as it is.
+fn enlarge(pipe: &Endpoint) {
+    let _ = rustix::pipe::fcntl_setpipe_size(pipe.fd(), LARGE_PIPE);
 }
 
 enum Step {
@@ -151,7 +159,15 @@ impl Drain {
         let flags = SpliceFlags::NONBLOCK | SpliceFlags::MOVE;
         match rustix::pipe::splice(source.fd(), None, sink.fd(), None, LARGE_PIPE, flags) {
             Ok(0) => Step::Eof,
-            Ok(_) | Err(Errno::INTR) => Step::Again,
+            Ok(n) => {
+                if !self.enlarged && n >= MUCH {
+                    self.enlarged = true;
+                    enlarge(source);
+                    enlarge(sink);
+                }
+                Step::Again
+            }
+            Err(Errno::INTR) => Step::Again,
             // Either side may be meant. Bytes in the source tell that it is the sink.
             Err(Errno::AGAIN) => {
                 if rustix::io::ioctl_fionread(source.fd()).unwrap_or(0) > 0 {
@@ -190,10 +206,9 @@ impl Drain {
             // A console whose last slave is closed reads as EIO.
             Err(_) => return Step::Eof,
         };
-        if !self.enlarged && n >= 32 * 1024 {
+        if !self.enlarged && n >= MUCH {
             self.enlarged = true;
-            // Only an optimisation: refused for a console or over the user's pipe quota.
-            let _ = rustix::pipe::fcntl_setpipe_size(source.fd(), LARGE_PIPE);
+            enlarge(source);
         }
         let chunk = &read[..n];
         match &mut self.sink {
