@@ -3,6 +3,8 @@
 //! A program of its own instead of libtest's: a cell of the table is one test, named
 //! `containerd_matrix::<release>::<feature>`, and one daemon serves all cells of a release.
 
+#[path = "containerd_matrix/layers.rs"]
+mod layers;
 #[path = "containerd_matrix/pods.rs"]
 mod pods;
 #[path = "containerd_matrix/tasks.rs"]
@@ -59,6 +61,7 @@ const FEATURES: &[Feature] = &[
     ("grouping", Daemon::Plain, tasks::grouping),
     ("options_file", Daemon::Plain, tasks::options_file),
     ("user_namespace", Daemon::Plain, tasks::user_namespace),
+    ("many_layers", Daemon::Plain, tasks::many_layers),
     ("runtime_info", Daemon::Plain, tasks::runtime_info),
     ("daemon_restart", Daemon::Plain, tasks::daemon_restart),
     ("metrics_v2", Daemon::Unified, tasks::metrics_v2),

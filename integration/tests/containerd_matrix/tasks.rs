@@ -13,7 +13,7 @@ use coracle_integration::world::{feed, sha256};
 use coracle_integration::{binaries, terminal, wait_for};
 use serde_json::{Value, json};
 
-use crate::Cell;
+use crate::{Cell, layers};
 
 const OURS: &str = "io.containerd.coracle.v2";
 const RUNC: &str = "io.containerd.runc.v2";
@@ -609,6 +609,37 @@ pub fn user_namespace(c: &mut Containerd) -> Result<Cell> {
     let text = success(tasks.run(&flags, "u", &words))?;
     let words: Vec<&str> = text.split_whitespace().collect();
     ensure!(words == ["0", "100000", "65536", "0"], "{text}");
+    Ok(Cell::Ok)
+}
+
+/// One that overlay's options take more than a page for.
+pub fn many_layers(c: &mut Containerd) -> Result<Cell> {
+    let archive = layers::archive(c.dir())?;
+    c.ctr(&["image", "import", &archive])?;
+    fs::remove_file(&archive)?;
+    let cgroup = format!("/{}/z", c.stage.mark);
+    let last = format!("/layer-{}", layers::LAYERS - 1);
+    let head = [
+        "run",
+        "--rm",
+        "--runtime",
+        OURS,
+        "--cgroup",
+        &cgroup,
+        layers::NAME,
+        "z",
+    ];
+    let words = ["/probe", "show", "/layer-1", &last, "/last"];
+    let text = c.ctr(&[&head[..], &words].concat())?;
+    let seen: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    let content = |path: &str| seen["paths"][path]["text"].as_str().unwrap_or_default();
+    let number = format!("{}\n", layers::LAYERS - 1);
+    ensure!(content("/layer-1") == "1\n", "{seen:#}");
+    ensure!(
+        content(&last) == number && content("/last") == number,
+        "{seen:#}"
+    );
+    c.ctr(&["image", "rm", "--sync", layers::NAME])?;
     Ok(Cell::Ok)
 }
 
