@@ -89,6 +89,8 @@ const FEATURES: &[Feature] = &[
     ("pod_port_forward", Daemon::Pods, pods::port_forward),
     ("pod_user_namespace", Daemon::Pods, pods::user_namespace),
     ("pod_daemon_restart", Daemon::Pods, pods::daemon_restart),
+    // The last: the daemon is another one after it.
+    ("pod_upgrade_to_newest", Daemon::Pods, pods::upgrade),
 ];
 
 fn setup(daemon: Daemon, release: &Release) -> Result<Setup> {

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use coracle_integration::containerd::{Containerd, Handler};
+use coracle_integration::containerd::{Containerd, Handler, RELEASES, Release};
 use coracle_integration::crictl::{self, Config, parse_log};
 use coracle_integration::registry::free_port;
 use coracle_integration::world::{TOOLS, feed};
@@ -409,5 +409,41 @@ pub fn daemon_restart(c: &mut Containerd) -> Result<Cell> {
     }
     c.crictl.run(&["stopp", &pod_id])?;
     c.crictl.run(&["rmp", &pod_id])?;
+    Ok(Cell::Ok)
+}
+
+/// The newest containerd takes over what this one started: the pod, its shim and its container.
+/// There is no way back, so this feature is the last.
+pub fn upgrade(c: &mut Containerd) -> Result<Cell> {
+    let newest = match Release::find(RELEASES[RELEASES.len() - 1]) {
+        Ok(newest) => newest,
+        Err(why) => return Ok(Cell::Skip(format!("{why:#}"))),
+    };
+    if c.release.name == newest.name {
+        return Ok(Cell::Absent("it is the newest here"));
+    }
+    let (id, pod_id, config) = {
+        let pod = Pod::run(c, "coracle", "upgrade")?;
+        (pod.tools("before", SLEEPER)?, pod.id, pod.config)
+    };
+    c.stop()?;
+    c.release = newest;
+    c.start()?;
+    let pod = Pod {
+        c,
+        id: pod_id,
+        config,
+    };
+    let text = c.crictl.run(&["exec", "--sync", &id, "echo", "still"])?;
+    ensure!(text == "still", "{text}");
+    pod.kept_by_us(&id)?;
+    // In the shim that the old one started.
+    let worker = pod.tools("after", &["sh", "-c", "exit 4"])?;
+    let status = pod.exited(&worker)?;
+    ensure!(status["exitCode"] == 4, "{status:#}");
+    c.crictl.run(&["stop", "-t", "0", &id])?;
+    let status = pod.exited(&id)?;
+    ensure!(status["exitCode"] == 137, "{status:#}");
+    pod.remove()?;
     Ok(Cell::Ok)
 }
