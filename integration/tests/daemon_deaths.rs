@@ -195,8 +195,11 @@ fn shim_killed_while_its_runtime_creates_fails_the_start_at_once() -> Result<()>
     world.finish()
 }
 
-/// A pod with containers in the states that CRI knows, and their pids.
-fn pod_in_every_state(world: &mut World) -> Result<(Pod, Vec<(String, i32, i64)>)> {
+/// Id, pid (0: it has ended) and code.
+type Member = (String, i32, i64);
+
+/// A pod with containers in the states that CRI knows.
+fn pod_in_every_state(world: &mut World) -> Result<(Pod, Vec<Member>)> {
     let pod = world.pod("states")?;
     let running = world.tools(&pod, "running", &["sh", "-c", "sleep 1000 & sleep 1001"])?;
     let busy = world.tools(&pod, "busy", &["sleep", "1000"])?;

@@ -36,8 +36,11 @@ fn nanos(time: &Option<prost_types::Timestamp>) -> Result<i128> {
     Ok(i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos))
 }
 
+/// Id, pid of the init, and the code that it ended with or will when it is killed.
+type Member = (&'static str, i32, u32);
+
 /// A group in every state that outlives a request.
-fn group_in_every_state(stand: &Stand) -> Result<(Shim, Vec<(&'static str, i32, u32)>)> {
+fn group_in_every_state(stand: &Stand) -> Result<(Shim, Vec<Member>)> {
     let (shim, created) = stand.create("g", "created", "sleep 1000")?;
     let (_, running) = stand.run("g", "running", "sleep 1000 & sleep 1001")?;
     let (_, paused) = stand.run("g", "paused", "sleep 1000 & sleep 1001")?;
