@@ -252,33 +252,19 @@ fn exit_while_containerd_is_down_is_told_with_its_code_and_time() -> Result<()> 
     })?;
     std::thread::sleep(Duration::from_secs(3));
     containerd.launch()?;
-    let mut events = containerd.begin(containerd.command(&["events"]), "events")?;
     containerd.wait_status("c", "STOPPED")?;
     let said: i64 = fs::read_to_string(volume.join("time"))?.trim().parse()?;
-    // The shim, which keeps the event until somebody takes it, tries with growing pauses.
-    let event = wait_for("the event", Duration::from_secs(15), || {
-        let text = containerd.read("events")?;
-        Ok(text
-            .lines()
-            .find(|l| l.contains("/tasks/exit"))
-            .map(str::to_owned))
-    })?;
-    let json = event.find('{').map_or("", |at| &event[at..]);
-    let exit: serde_json::Value = serde_json::from_str(json)?;
-    ensure!(exit["exit_status"] == 23 && exit["id"] == "c", "{event}");
-    let time = exit["exited_at"].as_str().context("exited_at")?;
-    let shown = success({
-        let mut date = Command::new("date");
-        date.args(["+%s", "-d", time]);
-        date
-    })?;
-    let shown: i64 = shown.trim().parse()?;
-    ensure!((shown - said).abs() <= 1, "it ended at {said}: {event}");
+    // What the shim tells whoever asks, and so containerd.
+    let exit = containerd.shim("c")?.wait("c", "")?;
+    let shown = exit.exited_at.context("exited_at")?.seconds;
+    ensure!(
+        exit.exit_status == 23 && (shown - said).abs() <= 1,
+        "it ended at {said} with 23, and was told as {shown} with {}",
+        exit.exit_status
+    );
     let output = containerd.command(&["task", "rm", "c"]).output()?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(said.contains("exit code 23"), "{said}");
-    events.kill()?;
-    events.wait()?;
     containerd.ctr(&["container", "rm", "c"])?;
     containerd.finish()
 }
@@ -336,8 +322,13 @@ fn shim_killed_under_containerd_is_told_once_and_leaves_nothing() -> Result<()> 
     events.wait()?;
     for (n, id) in ids.iter().enumerate() {
         ensure!(!alive(pids[n]), "{id} lives on");
-        ensure!(!shims[n].socket.exists(), "the socket of {id} is left");
         let told = told(id)?;
+        let socket = &shims[n].socket;
+        ensure!(
+            !socket.exists(),
+            "{} of {id} is left: {told:?}",
+            socket.display()
+        );
         ensure!(
             told.len() == 1 && told[0].contains("\"exit_status\":137"),
             "{id}: {told:?}"

@@ -8,12 +8,20 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{FlockOperation, Mode, OFlags};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Kind, Result};
+use crate::proto::ttrpc;
+use crate::ttrpc::frame;
+
+/// How long a shim that lives may take to say so. One that is silent for longer is let alone.
+const PROBE: Duration = Duration::from_secs(1);
 
 pub const DEFAULT_DIR: &str = "/run/containerd/s";
 /// sockaddr_un.sun_path with its final zero.
@@ -70,6 +78,40 @@ pub fn served(path: &Path) -> bool {
     }
 }
 
+/// Somebody answers there, or keeps us waiting without going away. A killed process closes its
+/// connections before its listener: whoever is told of its death by the one can still connect to
+/// the other for a moment, and learns the truth by the end of that connection.
+fn answers(path: &Path) -> bool {
+    let socket = match stream().and_then(|s| connect(&s, path).map(|()| s)) {
+        Ok(socket) => socket,
+        Err(e) => return e.kind() == io::ErrorKind::WouldBlock,
+    };
+    // Connect with any id is the probe of daemons.
+    let request = ttrpc::Request {
+        service: "containerd.task.v2.Task".to_owned(),
+        method: "Connect".to_owned(),
+        ..Default::default()
+    };
+    let mut bytes = Vec::new();
+    frame::append(&mut bytes, 1, frame::REQUEST, &request);
+    if rustix::net::send(&socket, &bytes, SendFlags::NOSIGNAL).is_err() {
+        return false;
+    }
+    let mut polled = [PollFd::new(&socket, PollFlags::IN)];
+    let limit = Timespec {
+        tv_sec: PROBE.as_secs() as i64,
+        tv_nsec: 0,
+    };
+    if rustix::event::poll(&mut polled, Some(&limit)) == Ok(0) {
+        return true;
+    }
+    let mut byte = [0; 1];
+    !matches!(
+        rustix::net::recv(&socket, &mut byte, RecvFlags::empty()),
+        Ok((0, _)) | Err(Errno::CONNRESET | Errno::PIPE)
+    )
+}
+
 pub enum Bound {
     Listening(OwnedFd),
     /// The group's shim is there already.
@@ -98,7 +140,11 @@ pub fn withdraw(path: &Path) -> Result<bool> {
         // As after a boot: nothing is left of it here.
         return Ok(true);
     }
+    if answers(path) {
+        return Ok(false);
+    }
     let _lock = lock_of(path)?;
+    // A successor may have come in between.
     if served(path) {
         return Ok(false);
     }
@@ -191,8 +237,15 @@ mod tests {
             0o600
         );
         assert!(matches!(bind(&path).unwrap(), Bound::Served));
+        // Dying: it can be connected to, and is gone before it has answered.
+        let (asked, probed) = std::sync::mpsc::channel();
+        let probe = path.clone();
+        let thread = std::thread::spawn(move || asked.send(answers(&probe)));
+        std::thread::sleep(Duration::from_millis(100));
         drop(first);
-        assert!(!served(&path));
+        assert!(!probed.recv().unwrap());
+        thread.join().unwrap().unwrap();
+        assert!(!served(&path) && !answers(&path));
         assert!(matches!(bind(&path).unwrap(), Bound::Listening(_)));
     }
 }
