@@ -12,6 +12,7 @@ use coracle_integration::shim::events::Events;
 use coracle_integration::shim::{NewTask, Shim, wire};
 use nix::sys::stat::Mode;
 use prost::Message;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::runtime::{our, which};
@@ -177,6 +178,24 @@ pub struct Pod {
     root: PathBuf,
     /// The shim's log: read ends are a daemon's to hold.
     _log: File,
+    ended: bool,
+}
+
+impl Drop for Pod {
+    /// After a failure: the shim and what it runs go with the benchmark.
+    fn drop(&mut self) {
+        if self.ended || self.pid == 0 {
+            return;
+        }
+        let children = format!("/proc/{0}/task/{0}/children", self.pid);
+        let children = fs::read_to_string(children).unwrap_or_default();
+        let children = children
+            .split_whitespace()
+            .filter_map(|pid| pid.parse().ok());
+        for pid in children.chain([self.pid]).filter_map(Pid::from_raw) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
 }
 
 impl Pod {
@@ -202,6 +221,7 @@ impl Pod {
             runtime: handler.runtime.clone(),
             root: stand.dir.path().join("roots").join(runtime),
             _log: log,
+            ended: false,
         };
         let answer: wire::Pid = pod.call(
             "Connect",
@@ -260,7 +280,8 @@ impl Pod {
             .map(drop)
     }
 
-    pub fn shut_down(&self) -> Result<()> {
+    pub fn shut_down(mut self) -> Result<()> {
+        self.ended = true;
         // The shim may go before it has answered.
         let _ = self.call::<_, ()>(
             "Shutdown",
