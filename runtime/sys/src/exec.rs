@@ -174,8 +174,10 @@ pub fn reset_signals() -> io::Result<()> {
         // SAFETY: a zeroed sigaction is SIG_DFL with no flags; the old one is not asked for.
         let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
         // SAFETY: the pointer is to a live sigaction; NULL for the old one is allowed.
-        let read = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) };
-        if read == 0 && action.sa_sigaction != libc::SIG_DFL {
+        if unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+        if action.sa_sigaction != libc::SIG_DFL {
             action.sa_sigaction = libc::SIG_DFL;
             action.sa_flags = 0;
             // SAFETY: as above.
