@@ -373,6 +373,8 @@ fn pod_of_the_node_and_of_a_plain_spec() {
     assert_ne!(namespace(pid, "uts"), namespace(std::process::id(), "uts"));
     assert_eq!(namespace(pid, "ipc"), namespace(std::process::id(), "ipc"));
     pod.shutdown_sandbox(&id);
+    // Without a parent that the kubelet names, it is the daemon's namespace.
+    remove_parents("/test");
 }
 
 #[test]
@@ -425,6 +427,7 @@ fn wrong_requests_of_a_pod_are_refused_and_leave_nothing() {
     assert_eq!(start(&mut pod, &id).unwrap_err().code, 9);
     pod.shutdown_sandbox(&id);
     remove_parents(&format!("/coracle-shim-{id}"));
+    remove_parents("/test");
 }
 
 #[test]
