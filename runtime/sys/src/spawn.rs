@@ -5,10 +5,10 @@
 //! is the reaper. glibc implements `posix_spawn` by `clone(CLONE_VM | CLONE_VFORK)`, so that the
 //! cost does not depend on the size of the caller and no page of it is copied.
 
-use std::ffi::{CString, c_char, c_int, c_short};
+use std::ffi::{CString, c_char, c_int, c_short, c_void};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 
 /// A child to start. The signal mask of the child is empty and every disposition is the default
@@ -109,30 +109,46 @@ fn pointers(strings: &[CString]) -> Vec<*mut c_char> {
         .collect()
 }
 
+/// Descriptors as a child is to get them: no source is the target of another.
+struct Lifted {
+    pairs: Vec<(RawFd, RawFd)>,
+    _copies: Vec<OwnedFd>,
+}
+
 impl Spawn<'_> {
-    /// Starts the child and gives its pid. The pid stays the child's until the caller reaps it.
-    pub fn run(&self) -> io::Result<i32> {
-        let highest = self
-            .fds
-            .iter()
-            .map(|(_, target)| *target)
-            .max()
-            .unwrap_or(2);
-        let mut actions = FileActions::new()?;
-        // A source that lies among the targets would be overwritten by an earlier dup2 of the
-        // list: such sources are first lifted above all targets.
-        let mut lifted: Vec<OwnedFd> = Vec::new();
+    /// A source that lies among the targets would be overwritten by an earlier dup2 of the list:
+    /// such sources are first lifted above all targets.
+    fn lift(&self) -> io::Result<Lifted> {
+        let targets = self.fds.iter().map(|(_, target)| *target);
+        let highest = targets.max().unwrap_or(2);
+        let mut copies = Vec::new();
+        let mut pairs = Vec::with_capacity(self.fds.len());
         for (source, target) in self.fds {
             let raw = if source.as_raw_fd() <= highest {
                 let copy = rustix::io::fcntl_dupfd_cloexec(source, highest + 1)?;
                 let raw = copy.as_raw_fd();
-                lifted.push(copy);
+                copies.push(copy);
                 raw
             } else {
                 source.as_raw_fd()
             };
+            pairs.push((raw, *target));
+        }
+        Ok(Lifted {
+            pairs,
+            _copies: copies,
+        })
+    }
+
+    /// Starts the child and gives its pid. The pid stays the child's until the caller reaps it.
+    pub fn run(&self) -> io::Result<i32> {
+        let mut actions = FileActions::new()?;
+        let lifted = self.lift()?;
+        for (source, target) in &lifted.pairs {
             // SAFETY: `actions` is initialised; the numbers are only stored.
-            check(unsafe { libc::posix_spawn_file_actions_adddup2(&mut actions.0, raw, *target) })?;
+            check(unsafe {
+                libc::posix_spawn_file_actions_adddup2(&mut actions.0, *source, *target)
+            })?;
         }
         if let Some(cwd) = self.cwd {
             // SAFETY: `actions` is initialised; glibc copies the path.
@@ -159,6 +175,137 @@ impl Spawn<'_> {
         })?;
         Ok(pid)
     }
+
+    /// Like `run`, but the new process is a child of the caller's parent (CLONE_PARENT), who reaps
+    /// it and gets the caller's own exit signal for it.
+    pub fn run_for_parent(&self) -> io::Result<i32> {
+        let lifted = self.lift()?;
+        let argv = pointers(self.args);
+        let envp = pointers(self.env);
+        let mut child = Child {
+            program: self.program.as_ptr(),
+            argv: argv.as_ptr().cast(),
+            envp: envp.as_ptr().cast(),
+            pairs: &lifted.pairs,
+            cwd: self.cwd.map_or(ptr::null(), |cwd| cwd.as_ptr()),
+            new_session: self.new_session,
+            new_group: self.new_group,
+            error: 0,
+        };
+        // Its own mapping, of which only the pages in use cost anything.
+        let mut stack = vec![0u128; STACK / size_of::<u128>()];
+        let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PARENT;
+        // SAFETY: the stack is aligned, its end is what a downward growing stack begins with, and
+        // CLONE_VFORK suspends us until the child has executed a program or ended: `child`, the
+        // stack and all that they point to outlive its use of them. It runs `become_program`
+        // alone, which takes no lock and allocates nothing.
+        let pid = unsafe {
+            libc::clone(
+                become_program,
+                stack.as_mut_ptr().add(stack.len()).cast(),
+                flags,
+                (&raw mut child).cast(),
+            )
+        };
+        match (pid, child.error) {
+            (-1, _) => Err(io::Error::last_os_error()),
+            (pid, 0) => Ok(pid),
+            (_, error) => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+}
+
+const STACK: usize = 64 * 1024;
+
+/// What the child of `run_for_parent` needs, all of it made before the clone.
+struct Child<'a> {
+    program: *const c_char,
+    argv: *const *const c_char,
+    envp: *const *const c_char,
+    pairs: &'a [(RawFd, RawFd)],
+    cwd: *const c_char,
+    new_session: bool,
+    new_group: bool,
+    /// Left for the parent, whose memory this is.
+    error: i32,
+}
+
+extern "C" fn become_program(child: *mut c_void) -> c_int {
+    // SAFETY: the one caller passes its `Child`, and is suspended until we have exec'd or ended.
+    let child = unsafe { &mut *child.cast::<Child<'_>>() };
+    child.error = child.prepare_and_execute();
+    crate::clone::exit_now(127)
+}
+
+impl Child<'_> {
+    /// Returns only on failure, with errno.
+    fn prepare_and_execute(&self) -> i32 {
+        let errno = || {
+            io::Error::last_os_error()
+                .raw_os_error()
+                .unwrap_or(libc::EIO)
+        };
+        // SAFETY: setsid takes nothing and touches no memory.
+        if self.new_session && unsafe { libc::setsid() } == -1 {
+            return errno();
+        }
+        // SAFETY: plain integers: ourselves, and a group of our own number.
+        if self.new_group && unsafe { libc::setpgid(0, 0) } == -1 {
+            return errno();
+        }
+        for (source, target) in self.pairs {
+            // SAFETY: plain integers; the descriptor table is the child's own copy.
+            if unsafe { libc::dup2(*source, *target) } == -1 {
+                return errno();
+            }
+        }
+        // SAFETY: null, or a C string that outlives the call.
+        if !self.cwd.is_null() && unsafe { libc::chdir(self.cwd) } == -1 {
+            return errno();
+        }
+        if let Err(e) = crate::exec::reset_signals() {
+            return e.raw_os_error().unwrap_or(libc::EIO);
+        }
+        // SAFETY: a C string and two arrays of them that end in null; the parent keeps them.
+        unsafe { libc::execve(self.program, self.argv, self.envp) };
+        errno()
+    }
+}
+
+/// Forks a process that runs `work` and ends with its code; gives its pid. It gets SIGKILL when
+/// the caller dies, keeps the standard streams and the descriptors `kept` (ascending), and no
+/// other.
+///
+/// # Errors
+/// Those of clone(2); and refused where the caller has more than one thread, for the copy of a
+/// lock that another one holds would stay locked for ever.
+pub fn fork_companion(kept: &[BorrowedFd<'_>], work: impl FnOnce() -> i32) -> io::Result<i32> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    if !status.lines().any(|line| line == "Threads:\t1") {
+        return Err(io::Error::other("the process has more than one thread"));
+    }
+    let parent = rustix::process::getpid();
+    // SAFETY: no CLONE_VM and no stack: the child goes on on its copy of this one. There is no
+    // other thread, as just read, and nobody but this thread could have made one since.
+    let pid = unsafe { libc::fork() };
+    if pid == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    if pid > 0 {
+        return Ok(pid);
+    }
+    // SAFETY: two plain integers.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    // It may have died before the line above.
+    if rustix::process::getppid() != Some(parent) {
+        crate::clone::exit_now(1);
+    }
+    let kept: Vec<RawFd> = kept.iter().map(|fd| fd.as_raw_fd()).collect();
+    if crate::exec::close_all_but(3, &kept).is_err() {
+        crate::clone::exit_now(1);
+    }
+    let code = work();
+    crate::clone::exit_now(code)
 }
 
 /// Sends any signal by number, real-time ones included, to one process. Group and broadcast
