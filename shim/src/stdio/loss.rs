@@ -48,9 +48,12 @@ impl Loss {
         if std::mem::take(&mut self.losing) && std::mem::take(&mut self.open) {
             let bytes = std::mem::take(&mut self.untold);
             let path = path.display();
-            self.news = Some(format!(
-                "output for {path} is written again: {bytes} bytes were lost"
-            ));
+            let end = format!("output for {path} is written again: {bytes} bytes were lost");
+            // Within one look at the stream both may happen.
+            self.news = Some(match self.news.take() {
+                Some(begin) => format!("{begin}; {end}"),
+                None => end,
+            });
         }
     }
 
@@ -63,6 +66,18 @@ impl Loss {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_end_does_not_swallow_its_begin() {
+        let mut loss = Loss::default();
+        let path = Path::new("/l");
+        loss.lost(path, 5, &io::Error::from_raw_os_error(28));
+        loss.over(path);
+        let news = loss.news().unwrap();
+        assert!(news.contains("is lost: No space left"), "{news}");
+        assert!(news.contains("is written again: 5 bytes"), "{news}");
+        assert_eq!(loss.news(), None);
+    }
 
     #[test]
     fn begin_and_end_are_told_once() {
