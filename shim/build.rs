@@ -14,6 +14,7 @@ const FILES: &[&str] = &[
     "containerd/services/events/ttrpc/v1/events.proto",
     "containerd/task/v2/task.proto",
     "containerd/types/introspection.proto",
+    "coracle/shim/v1/hands.proto",
     "coracle/shim/v1/shim.proto",
     "runtime/v1/pod.proto",
     "runtimeoptions/v1/options.proto",

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::crictl::container;
 use coracle_integration::need_root;
+use coracle_integration::shim::stand::are_hands;
 use coracle_integration::world::{TOOLS, World, http_get_soon};
 use coracle_integration::{leak, wait_for};
 
@@ -202,6 +203,7 @@ fn shim_killed_shows_its_containers_ended_and_the_pod_can_go() -> Result<()> {
         .iter()
         .filter(|p| p.contains("containerd-shim-coracle-v2"))
         .filter_map(|p| p.split(' ').next()?.parse().ok())
+        .filter(|pid| !are_hands(*pid))
         .collect();
     ensure!(shims.len() == 1, "{shims:?}");
     let pid = rustix::process::Pid::from_raw(shims[0]).context("pid")?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::crictl::container;
-use coracle_integration::shim::stand::{alive, hanging_runtime};
+use coracle_integration::shim::stand::{alive, are_hands, hanging_runtime};
 use coracle_integration::world::{Pod, TOOLS, World};
 use coracle_integration::{binaries, leak, need_root, wait_for};
 use nix::mount::{MsFlags, mount, umount};
@@ -25,6 +25,7 @@ fn shims(world: &World) -> Vec<i32> {
     let all = leak::processes(&world.mark).into_iter();
     all.filter(|p| p.contains("containerd-shim-coracle-v2"))
         .filter_map(|p| p.split(' ').next()?.parse().ok())
+        .filter(|pid| !are_hands(*pid))
         .collect()
 }
 

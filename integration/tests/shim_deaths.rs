@@ -5,7 +5,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use coracle_integration::shim::stand::{Stand, alive, hanging_runtime};
+use coracle_integration::shim::stand::{Stand, alive, are_hands, hanging_runtime};
 use coracle_integration::shim::{self, PAUSED, RUNNING, Shim, refusal, wire};
 use coracle_integration::{leak, need_root, wait_for};
 use prost::Message as _;
@@ -136,7 +136,9 @@ fn start_is_one_shim_for_a_group_whoever_races_for_it() -> Result<()> {
     }
     let shims = || {
         let all = leak::processes(&stand.bench.mark).into_iter();
-        all.filter(|p| p.contains("-socket")).collect::<Vec<_>>()
+        let pid = |p: &str| p.split(' ').next().and_then(|pid| pid.parse().ok());
+        all.filter(|p| p.contains("-socket") && !pid(p).is_some_and(are_hands))
+            .collect::<Vec<_>>()
     };
     // Twice: with no socket, and over that of a shim that was killed.
     for round in 0..2 {
@@ -153,7 +155,11 @@ fn start_is_one_shim_for_a_group_whoever_races_for_it() -> Result<()> {
         }
         sockets.dedup();
         ensure!(sockets.len() == 1, "{sockets:?}");
-        ensure!(shims().len() == 1, "{:?}", shims());
+        // Its hands have their name a moment later.
+        let found = wait_for("one shim", Duration::from_secs(5), || {
+            Ok((shims().len() == 1).then_some(()))
+        });
+        ensure!(found.is_ok(), "{:?}", shims());
         let shim = Shim {
             socket: sockets.remove(0),
         };

@@ -225,11 +225,23 @@ fn spawn(args: &Args, asked: &Asked, path: &Path, listener: OwnedFd, bundle: &Pa
     let mut env = crate::process::environment();
     env.retain(|e| !e.as_bytes().starts_with(b"TTRPC_ADDRESS="));
     env.push(text(format!("TTRPC_ADDRESS={}", asked.events).as_bytes())?);
+    if asked.options.unconfined {
+        env.retain(|e| {
+            !e.as_bytes()
+                .starts_with(crate::confine::VARIABLE.as_bytes())
+        });
+        env.push(text(format!("{}=0", crate::confine::VARIABLE).as_bytes())?);
+    }
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
         .map_err(|e| failed(e.into()))?;
     let null = null.as_fd();
     let cwd = text(bundle.as_os_str().as_bytes())?;
-    let pid = Spawn {
+    // Before there is a shim: it forks, and both processes are to be there and scored so.
+    if !asked.options.shim_cgroup.is_empty() {
+        join_cgroup(&asked.options.shim_cgroup)?;
+    }
+    adjust_oom_score();
+    Spawn {
         program: &program,
         args: &argv,
         env: &env,
@@ -245,19 +257,12 @@ fn spawn(args: &Args, asked: &Asked, path: &Path, listener: OwnedFd, bundle: &Pa
     }
     .run()
     .map_err(failed)?;
-    if !asked.options.shim_cgroup.is_empty() {
-        join_cgroup(&asked.options.shim_cgroup, pid).inspect_err(|_| {
-            // Our child, not reaped: the pid is its own.
-            let _ = coracle_sys::spawn::kill(pid, 9);
-        })?;
-    }
-    adjust_oom_score(pid);
     Ok(())
 }
 
 /// The shim should go before the daemon and long after its containers' processes. Lowering the
 /// score needs CAP_SYS_RESOURCE; without it the inherited score stays.
-fn adjust_oom_score(pid: i32) {
+fn adjust_oom_score() {
     let parent = rustix::process::getppid().map_or(1, |p| p.as_raw_nonzero().get());
     let score = fs::read_to_string(format!("/proc/{parent}/oom_score_adj"));
     let score = score
@@ -265,13 +270,13 @@ fn adjust_oom_score(pid: i32) {
         .and_then(|s| s.trim().parse::<i32>().ok())
         .unwrap_or(0);
     let _ = fs::write(
-        format!("/proc/{pid}/oom_score_adj"),
+        "/proc/self/oom_score_adj",
         (score + 1).min(1000).to_string(),
     );
 }
 
 /// Options.shim_cgroup: below every mounted hierarchy.
-fn join_cgroup(path: &str, pid: i32) -> Result<()> {
+fn join_cgroup(path: &str) -> Result<()> {
     let failed = |e| Error::io("join shim_cgroup", path, e);
     let below = path.trim_start_matches('/');
     let root = Path::new("/sys/fs/cgroup");
@@ -295,7 +300,7 @@ fn join_cgroup(path: &str, pid: i32) -> Result<()> {
                 inherit_cpus(&parent, &dir).map_err(failed)?;
             }
         }
-        fs::write(dir.join("cgroup.procs"), pid.to_string()).map_err(failed)?;
+        fs::write(dir.join("cgroup.procs"), std::process::id().to_string()).map_err(failed)?;
     }
     Ok(())
 }

@@ -21,6 +21,21 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Of an error that another process has told us.
+    pub fn from_code(code: i32) -> Kind {
+        let known = [
+            Kind::Invalid,
+            Kind::NotFound,
+            Kind::AlreadyExists,
+            Kind::Precondition,
+            Kind::Unsupported,
+            Kind::Runtime,
+            Kind::Unavailable,
+        ];
+        let found = known.into_iter().find(|kind| kind.code() == code);
+        found.unwrap_or(Kind::Internal)
+    }
+
     /// The gRPC code: <https://grpc.io/docs/guides/status-codes/>.
     pub fn code(self) -> i32 {
         match self {
@@ -54,6 +69,11 @@ impl Error {
         }
     }
 
+    /// The whole text of an error, as another process has told it.
+    pub fn told(kind: Kind, text: String) -> Self {
+        Error::new(kind, "", text)
+    }
+
     /// A failed system call or file operation.
     pub fn io(
         operation: &'static str,
@@ -77,7 +97,8 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.operation)?;
         if !self.subject.is_empty() {
-            write!(f, " {}", self.subject)?;
+            let space = if self.operation.is_empty() { "" } else { " " };
+            write!(f, "{space}{}", self.subject)?;
         }
         match &self.source {
             Some(source) => write!(f, ": {source}"),

@@ -59,6 +59,13 @@ impl Journal {
         }
     }
 
+    /// Where somebody reads along, or wants to know it all: no file is made for it.
+    pub fn info(&mut self, message: &str) {
+        if self.fifo.is_some() || self.debug {
+            self.line("info", message);
+        }
+    }
+
     pub fn warn(&mut self, message: &str) {
         self.line("warning", message);
     }

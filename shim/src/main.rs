@@ -16,9 +16,11 @@ mod calls;
 mod cgroup;
 mod cgroup_events;
 mod cleanup;
+mod confine;
 mod console;
 mod error;
 mod events;
+mod hands;
 mod journal;
 mod log;
 mod mounts;
@@ -83,6 +85,11 @@ fn serve(args: &Args) -> Result<()> {
     let signals = reaper::block_signals()?;
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .map_err(|e| Error::io("prctl(PR_SET_CHILD_SUBREAPER)", "", e))?;
+    let confines = confine::wanted();
+    if confines {
+        hands::grow(task::deadline::limit())
+            .map_err(|e| Error::io("fork", "the shim's hands", e))?;
+    }
     let bundle = std::env::current_dir().map_err(|e| Error::io("getcwd", "", e))?;
     let config = supervisor::Config {
         id: args.id.clone(),
@@ -95,6 +102,9 @@ fn serve(args: &Args) -> Result<()> {
         call_limit: task::deadline::limit(),
     };
     let mut supervisor = supervisor::Supervisor::new(config, listener, signals)?;
+    if confines {
+        supervisor.confine();
+    }
     let result = supervisor.run();
     if let Err(e) = &result {
         supervisor.journal.warn(&format!("ended: {e}"));

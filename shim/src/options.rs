@@ -25,6 +25,8 @@ pub struct Options {
     pub io_gid: u32,
     pub criu_image_path: PathBuf,
     pub criu_work_path: PathBuf,
+    /// Only the TOML body can say no.
+    pub unconfined: bool,
 }
 
 impl From<runc::Options> for Options {
@@ -40,6 +42,7 @@ impl From<runc::Options> for Options {
             io_gid: o.io_gid,
             criu_image_path: o.criu_image_path.into(),
             criu_work_path: o.criu_work_path.into(),
+            unconfined: false,
         }
     }
 }
@@ -145,6 +148,7 @@ fn toml(text: &str) -> Result<Options> {
             "IoGid" => options.io_gid = number()?,
             "CriuImagePath" => options.criu_image_path = string()?.into(),
             "CriuWorkPath" => options.criu_work_path = string()?.into(),
+            "Confine" => options.unconfined = !flag()?,
             // Deprecated in runc's own options; criu is found in PATH.
             "CriuPath" if string()?.is_empty() => {}
             "TypeUrl" | "ConfigPath" | "TaskApiAddress" | "TaskApiVersion" => {}
@@ -194,6 +198,7 @@ mod tests {
         assert_eq!(options.root, "/r");
         assert!(options.systemd_cgroup);
         assert_eq!(options.io_uid, 5);
+        assert!(!options.unconfined && toml("Confine = false\n").unwrap().unconfined);
     }
 
     #[test]

@@ -12,12 +12,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use coracle_sys::spawn::Spawn;
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::calls;
 use crate::error::{Error, Kind, Result};
+use crate::hands::{self, Program};
 use crate::options::Options;
 
 const DEFAULT_NAME: &str = "coracle";
@@ -139,18 +139,13 @@ impl Runtime {
             None => [null.as_fd(), output.as_fd(), output.as_fd()],
         };
         let fds: Vec<(BorrowedFd<'_>, i32)> = streams.into_iter().zip(0..).collect();
-        let mut env = crate::process::environment();
-        env.push(calls::mark(socket).map_err(failed)?);
-        let pid = Spawn {
+        let pid = hands::start(&Program {
             program: &program,
             args: &argv,
-            env: &env,
+            env: vec![calls::mark(socket).map_err(failed)?],
             fds: &fds,
-            new_session: false,
             new_group: true,
-            cwd: None,
-        }
-        .run()
+        })
         .map_err(failed)?;
         Ok(Call {
             pid,

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -323,8 +323,26 @@ impl Supervisor {
         }
     }
 
+    /// After everything that takes more rights than supervision does.
+    pub fn confine(&mut self) {
+        // Bundles of a group lie side by side.
+        let places = [self.config.bundle.parent(), self.config.socket.parent()];
+        let own: Vec<&Path> = places.into_iter().flatten().collect();
+        let confined = crate::confine::confine(&own);
+        match confined.whole {
+            true => self.journal.info(&confined.text),
+            false => self.journal.warn(&confined.text),
+        }
+    }
+
     fn reaped(&mut self, exit: Exit) {
-        if let Some(running) = self.calls.remove(&exit.pid) {
+        if crate::hands::were(exit.pid) {
+            let status = exit.status;
+            let text = format!(
+                "the shim's hands died (status {status}): what runs goes on, nothing can be started or mounted any more"
+            );
+            self.journal.warn(&text);
+        } else if let Some(running) = self.calls.remove(&exit.pid) {
             self.call_ended(running, exit);
         } else if let Some(id) = self.pids.remove(&exit.pid) {
             self.exited(&id, exit);

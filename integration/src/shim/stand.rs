@@ -191,6 +191,12 @@ impl Stand {
     }
 }
 
+/// Whether this is the process that a confined shim has beside it.
+pub fn are_hands(pid: i32) -> bool {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    name.trim() == "shim-hands"
+}
+
 /// Runs and is no zombie.
 pub fn alive(pid: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();

@@ -85,7 +85,7 @@ pub fn make(wanted: &Wanted<'_>, bundle: &Path) -> Result<Made> {
     if let Some(mapped) = user_namespace(&options) {
         if options.network() != NamespaceMode::Node && !wanted.netns.is_empty() {
             // The network namespace was made in the pod's user namespace already.
-            let owner = owner_of(wanted.netns)?;
+            let owner = crate::hands::owner_of(wanted.netns)?;
             userns_path = format!("/proc/{}/fd/{}", std::process::id(), owner.as_raw_fd());
             userns = Some(owner);
         }
@@ -189,7 +189,8 @@ fn check_user_namespace(options: &NamespaceOption) -> Result<()> {
     }
 }
 
-fn owner_of(netns: &str) -> Result<OwnedFd> {
+/// Of a process's namespaces the path opens to those who may trace it.
+pub fn owner_of(netns: &str) -> Result<OwnedFd> {
     let failed = |e: std::io::Error| Error::io("user namespace of", netns, e);
     let file = std::fs::File::open(netns).map_err(failed)?;
     coracle_sys::namespace::owner(&file).map_err(failed)

@@ -4,21 +4,20 @@
 //!
 //! Owns: `<sandbox's bundle>/pod`, and the mounts that are added to a container's config.json.
 
-use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::mount::MountFlags;
 use serde_json::{Value, json};
 
 use super::config::root_of;
 use crate::error::{Error, Kind, Result};
+use crate::proto::containerd::types::Mount;
 use crate::proto::runtime::v1::{DnsConfig, NamespaceMode, PodSandboxConfig, UserNamespace};
 
 const SHM: &str = "shm";
 /// containerd's, and Docker's.
-const SHM_OPTIONS: &str = "mode=1777,size=67108864";
+const SHM_OPTIONS: [&str; 5] = ["nosuid", "nodev", "noexec", "mode=1777", "size=67108864"];
 /// File of ours, and where containers expect it.
 const FILES: [(&str, &str); 3] = [
     ("hostname", "/etc/hostname"),
@@ -64,26 +63,23 @@ pub fn make(bundle: &Path, pod: Option<&PodSandboxConfig>) -> Result<()> {
     }
     let shm = dir.join(SHM);
     fs::create_dir_all(&shm).map_err(failed("mkdir", &shm))?;
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let (uid, gid) = owner.map_or((None, None), roots);
-    let data = format!(
-        "{SHM_OPTIONS},uid={},gid={}",
-        uid.unwrap_or(0),
-        gid.unwrap_or(0)
-    );
-    CString::new(data)
-        .map_err(io::Error::from)
-        .and_then(|data| {
-            let data = Some(data.as_c_str());
-            Ok(rustix::mount::mount("shm", &shm, "tmpfs", flags, data)?)
-        })
-        .map_err(failed("mount tmpfs on", &shm))
+    let mut options = SHM_OPTIONS.map(str::to_owned).to_vec();
+    options.push(format!("uid={}", uid.unwrap_or(0)));
+    options.push(format!("gid={}", gid.unwrap_or(0)));
+    let tmpfs = Mount {
+        r#type: "tmpfs".to_owned(),
+        source: "shm".to_owned(),
+        target: String::new(),
+        options,
+    };
+    crate::hands::mount(&[tmpfs], &shm)
 }
 
 /// Absence is success.
 pub fn remove(bundle: &Path) -> Result<()> {
     let dir = directory(bundle);
-    crate::mounts::unmount_all(&dir.join(SHM))?;
+    crate::hands::unmount_all(&dir.join(SHM))?;
     match fs::remove_dir_all(&dir) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", &dir)(e)),
         _ => Ok(()),

@@ -11,9 +11,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use coracle_sys::spawn::Spawn;
-
 use crate::error::{Error, Kind, Result};
+use crate::hands::{self, Program};
 use crate::poll::{Endpoint, Interest, Poll, Source};
 
 pub struct Logger {
@@ -54,13 +53,10 @@ impl Logger {
         for arg in start.args {
             args.push(text(arg.as_bytes())?);
         }
-        let mut env = crate::process::environment();
-        env.push(text(
-            format!("CONTAINER_ID={}", start.container).as_bytes(),
-        )?);
-        env.push(text(
-            format!("CONTAINER_NAMESPACE={}", start.namespace).as_bytes(),
-        )?);
+        let env = vec![
+            text(format!("CONTAINER_ID={}", start.container).as_bytes())?,
+            text(format!("CONTAINER_NAMESPACE={}", start.namespace).as_bytes())?,
+        ];
         let null = start.null.as_fd();
         let fds = [
             (null, 0),
@@ -70,16 +66,14 @@ impl Logger {
             (start.stderr.as_fd(), 4),
             (write.as_fd(), 5),
         ];
-        let spawn = Spawn {
+        let pid = hands::start(&Program {
             program: &program,
             args: &args,
-            env: &env,
+            env,
             fds: &fds,
-            new_session: false,
             new_group: false,
-            cwd: None,
-        };
-        let pid = spawn.run().map_err(failed)?;
+        })
+        .map_err(failed)?;
         let mut ready = Endpoint::new(read, Source::Stdio(io, super::part::LOGGER_READY));
         ready.watch(poll, Interest::READ).map_err(failed)?;
         Ok(Logger {

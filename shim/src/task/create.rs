@@ -137,7 +137,7 @@ impl Supervisor {
         if !r.rootfs.is_empty() {
             fs::create_dir_all(&rootfs)
                 .map_err(|e| Error::io("mkdir", rootfs.display().to_string(), e))?;
-            crate::mounts::mount_all(&r.rootfs, &rootfs)?;
+            crate::hands::mount(&r.rootfs, &rootfs)?;
         }
         // Records of an earlier life of this id must not be taken for this one's.
         for name in ["exit.json", "init.pid", "shim.json"] {
@@ -464,7 +464,7 @@ impl Supervisor {
             self.abandon_io(io);
         }
         if task.mounted
-            && let Err(e) = crate::mounts::unmount_rootfs(&task.rootfs())
+            && let Err(e) = crate::hands::unmount_rootfs(&task.rootfs())
         {
             self.journal.warn(&e.to_string());
         }

@@ -199,7 +199,7 @@ impl Supervisor {
             .map(|text| Error::new(Kind::Runtime, "OCI runtime delete failed", "").source(text))
             .or_else(|| {
                 let task = self.tasks.get(&id.task).filter(|t| t.mounted)?;
-                crate::mounts::unmount_rootfs(&task.rootfs()).err()
+                crate::hands::unmount_rootfs(&task.rootfs()).err()
             });
         if let Some(error) = failed {
             if let Some(task) = self.tasks.get_mut(&id.task)

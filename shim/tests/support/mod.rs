@@ -612,10 +612,25 @@ pub fn text(mut file: fs::File) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-pub fn children(pid: u32) -> Vec<String> {
+fn all_children(pid: u32) -> Vec<String> {
     let path = format!("/proc/{pid}/task/{pid}/children");
     let text = fs::read_to_string(path).unwrap();
     text.split_ascii_whitespace().map(str::to_owned).collect()
+}
+
+fn are_hands(pid: &String) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c.trim() == "shim-hands")
+}
+
+/// What a shim supervises: all but its hands.
+pub fn children(pid: u32) -> Vec<String> {
+    let mut all = all_children(pid);
+    all.retain(|child| !are_hands(child));
+    all
+}
+
+pub fn hands(pid: u32) -> Option<String> {
+    all_children(pid).into_iter().find(are_hands)
 }
 
 pub fn open_fds(pid: u32) -> usize {
