@@ -63,6 +63,11 @@ pub enum Timer {
         io: u32,
         owner: Option<ProcessId>,
     },
+    /// Looks whether a dead process's FIFOs are read.
+    Hold {
+        io: u32,
+        owner: ProcessId,
+    },
     ReleaseScratch,
     Oom {
         left: u32,
@@ -424,6 +429,7 @@ impl Supervisor {
     fn time_came(&mut self, timer: Timer) {
         match timer {
             Timer::Drain { io, owner } => self.look_at_drain(io, owner),
+            Timer::Hold { io, owner } => self.look_at_hold(io, &owner),
             Timer::ReleaseScratch => {
                 self.scratch.release();
                 self.scratch_timer = false;

@@ -288,6 +288,19 @@ pub fn output_is_whole(c: &mut Containerd) -> Result<Cell> {
         "{} bytes came, or others",
         output.stdout.len()
     );
+    // A process that ends before its reader has begun: all of it is in pipes then, and ctr
+    // closes its end when it knows of the exit.
+    let words = ["probe", "source", "900000"];
+    let mut command = tasks.run(&["--rm"], "o2", &words);
+    command.stdout(Stdio::piped()).stderr(Stdio::null());
+    let child = command.spawn()?;
+    std::thread::sleep(Duration::from_millis(700));
+    let late = child.wait_with_output()?.stdout;
+    ensure!(
+        late == want.stdout[..900_000],
+        "{} of 900000 bytes came to a late reader",
+        late.len()
+    );
     Ok(Cell::Ok)
 }
 

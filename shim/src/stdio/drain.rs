@@ -6,8 +6,10 @@
 //! always takes everything.
 
 use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
 
@@ -66,6 +68,10 @@ pub struct Drain {
     enlarged: bool,
     /// Something moved since the last look; for the bounded end.
     moved: bool,
+    /// The sink is a FIFO, whose reader may be late.
+    fifo: bool,
+    /// A reader's end of the FIFO when ours is closed: it shows what is unread, and is no writer.
+    unread: Option<OwnedFd>,
 }
 
 /// Fewer wake-ups for the same bytes. Refused for a console, and over the user's quota of pipe pages: then
@@ -101,7 +107,41 @@ impl Drain {
             splice,
             enlarged: false,
             moved: false,
+            fifo: false,
+            unread: None,
         }
+    }
+
+    pub fn with_fifo(mut self, fifo: bool) -> Drain {
+        self.fifo = fifo;
+        self
+    }
+
+    /// Bytes on their way to a FIFO's reader, which has not taken them.
+    pub fn unread(&self) -> usize {
+        if !self.fifo {
+            return 0;
+        }
+        let in_pipe = |fd: BorrowedFd<'_>| rustix::io::ioctl_fionread(fd).unwrap_or(0) as usize;
+        let source = self.source.as_ref().map_or(0, |s| in_pipe(s.fd()));
+        let sink = match (&self.sink, &self.unread) {
+            (Sink::Peer(sink), _) => in_pipe(sink.fd()),
+            (_, Some(end)) => in_pipe(end.as_fd()),
+            _ => 0,
+        };
+        source + self.pending.len() + sink
+    }
+
+    /// Closes our ends of the FIFO, so that its reader sees the end after the last byte.
+    fn close_sink(&mut self) {
+        if let (true, Sink::Peer(sink)) = (self.fifo, &self.sink)
+            && rustix::io::ioctl_fionread(sink.fd()).is_ok_and(|n| n > 0)
+        {
+            let path = format!("/proc/self/fd/{}", sink.fd().as_raw_fd());
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            self.unread = rustix::fs::open(path, flags, Mode::empty()).ok();
+        }
+        self.sink = Sink::Discard;
     }
 
     pub fn set_source(&mut self, source: Endpoint) {
@@ -276,7 +316,7 @@ impl Drain {
             Some(source) => {
                 let _ = source.watch(poll, Interest::READ);
             }
-            None => self.sink = Sink::Discard,
+            None => self.close_sink(),
         }
     }
 
@@ -290,7 +330,7 @@ impl Drain {
             lines.clear();
         }
         if self.pending.is_empty() {
-            self.sink = Sink::Discard;
+            self.close_sink();
         }
     }
 

@@ -10,12 +10,14 @@
 pub mod attach;
 pub mod drain;
 pub mod feed;
+pub mod hold;
 pub mod logger;
 pub mod loss;
 pub mod open;
 pub mod spec;
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use rustix::termios::Winsize;
@@ -26,6 +28,7 @@ use crate::poll::{Endpoint, Poll, Ready, Source};
 use attach::Attachments;
 use drain::{Drain, Progress};
 use feed::Feed;
+use hold::Hold;
 use logger::Logger;
 
 /// The numbers of a process's descriptors in the epoll set.
@@ -93,6 +96,7 @@ pub struct Io {
     /// Looks in a row at which a reader had not moved, and looks at all.
     stuck: u32,
     looks: u32,
+    hold: Hold,
 }
 
 /// After the process's exit: is its output all delivered?
@@ -295,8 +299,22 @@ impl Io {
         self.log.as_ref().map_or(0, CriLog::dropped)
     }
 
+    /// The exit waits for the readers of FIFOs, within bounds: when it is to be asked again.
+    pub fn hold_exit(&mut self) -> Option<Duration> {
+        if self.hold.over() {
+            return None;
+        }
+        let unread = self.drains.iter().flatten().map(Drain::unread).sum();
+        self.hold.look(unread, Instant::now())
+    }
+
+    /// Somebody asks again already.
+    pub fn exit_is_held(&self) -> bool {
+        self.hold.waiting()
+    }
+
     /// The exit is told only after what the process wrote is where its readers look: a log file
-    /// or a client's descriptor. A FIFO's reader learns its end by itself.
+    /// or a client's descriptor. For a FIFO see `hold_exit`.
     pub fn delays_exit(&self) -> bool {
         self.log.is_some() || self.passed
     }

@@ -13,6 +13,7 @@ use rustix::pipe::PipeFlags;
 use super::attach::Attachments;
 use super::drain::{Drain, OutputFile, Sink};
 use super::feed::Feed;
+use super::hold::Hold;
 use super::logger::{Logger, Start};
 use super::spec::Address;
 use super::{Io, part, set_nonblocking};
@@ -170,6 +171,7 @@ pub fn open(
         logger: opening.logger,
         stuck: 0,
         looks: 0,
+        hold: Hold::default(),
     };
     Ok((io, ProcessEnds([stdin, stdout, stderr])))
 }
@@ -266,12 +268,16 @@ impl Opening<'_> {
             }
             Address::Attach { .. } => return Err(Error::new(Kind::Invalid, "address of", name)),
         };
+        let fifo = matches!((address, &sink), (Address::Fifo(_), Sink::Peer(_)));
         if self.terminal {
-            return Ok((Some(Drain::new(None, sink, false)), null()?));
+            return Ok((Some(Drain::new(None, sink, false).with_fifo(fifo)), null()?));
         }
         let (read, write) = pipe(self.owner)?;
         let source = self.endpoint(nonblocking(read)?, part::OUT_SOURCE + stream);
-        Ok((Some(Drain::new(Some(source), sink, splice)), write))
+        Ok((
+            Some(Drain::new(Some(source), sink, splice).with_fifo(fifo)),
+            write,
+        ))
     }
 
     fn append_to(&self, path: &Path) -> Result<OwnedFd> {

@@ -102,8 +102,43 @@ impl Supervisor {
         }
     }
 
+    /// The time has come to look again whether the reader of a FIFO has taken what is there.
+    pub fn look_at_hold(&mut self, io: u32, id: &ProcessId) {
+        let Some(entry) = self.ios.get_mut(&io) else {
+            return;
+        };
+        match entry.hold_exit() {
+            Some(delay) => self.after(
+                delay,
+                Timer::Hold {
+                    io,
+                    owner: id.clone(),
+                },
+            ),
+            None => self.try_publish_exit(id),
+        }
+    }
+
     /// Tells an exit when nothing stands before it.
     pub fn try_publish_exit(&mut self, id: &ProcessId) {
+        let process = self.tasks.get(&id.task).and_then(|t| t.process(&id.exec));
+        let exited = process.filter(|p| matches!(p.state, State::Exited { .. }));
+        if let Some(io) = exited.and_then(|p| p.io)
+            && let Some(entry) = self.ios.get_mut(&io)
+        {
+            if entry.exit_is_held() {
+                return;
+            }
+            if let Some(delay) = entry.hold_exit() {
+                return self.after(
+                    delay,
+                    Timer::Hold {
+                        io,
+                        owner: id.clone(),
+                    },
+                );
+            }
+        }
         let Some(task) = self.tasks.get(&id.task) else {
             return;
         };
