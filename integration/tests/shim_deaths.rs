@@ -283,6 +283,13 @@ fn shim_killed_at_any_moment_of_a_create_leaves_nothing() -> Result<()> {
     need_root!();
     let stand = Stand::new()?;
     let begun = Instant::now();
+    stand.write("whole", "whole", "sleep 1000")?;
+    let shim = stand.launcher.start(&stand.bundle("whole"), "whole")?;
+    let whole = Instant::now();
+    shim.create(&stand.task("whole"))?;
+    let whole = whole.elapsed();
+    shim.end("whole")?;
+    shim.shut_down()?;
     let (mut before, mut after) = (0, 0);
     for step in 0..24u32 {
         let id = format!("c{step}");
@@ -291,7 +298,11 @@ fn shim_killed_at_any_moment_of_a_create_leaves_nothing() -> Result<()> {
         let pid = rustix::process::Pid::from_raw(shim.pid()?).context("pid")?;
         let (caller, task) = (shim.clone(), stand.task(&id));
         let creating = std::thread::spawn(move || caller.create(&task));
-        std::thread::sleep(Duration::from_micros(u64::from(step) * 2500));
+        // From the first moment to past the end of a create; the last ones are past it on any machine.
+        std::thread::sleep(whole * step / 16);
+        while step >= 22 && !creating.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
         match creating.join() {
             Ok(Ok(_)) => after += 1,
