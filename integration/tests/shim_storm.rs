@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use coracle_integration::need_root;
 use coracle_integration::shim::Shim;
 use coracle_integration::shim::events::Events;
-use coracle_integration::shim::stand::Stand;
+use coracle_integration::shim::stand::{Stand, are_hands};
 use coracle_integration::wait_for;
 
 const PODS: usize = 10;
@@ -21,10 +21,12 @@ fn open_files(pid: i32) -> Result<usize> {
     Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count())
 }
 
-fn children(pid: i32) -> Result<String> {
-    Ok(fs::read_to_string(format!(
-        "/proc/{pid}/task/{pid}/children"
-    ))?)
+/// But for the one that a confined shim has beside it.
+fn children(pid: i32) -> Result<Vec<i32>> {
+    let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let pids = list.split_whitespace().map(str::parse::<i32>);
+    let pids = pids.collect::<std::result::Result<Vec<_>, _>>()?;
+    Ok(pids.into_iter().filter(|pid| !are_hands(*pid)).collect())
 }
 
 fn name(pod: usize, container: usize) -> String {
@@ -147,7 +149,8 @@ fn storm_of_containers_and_execs_loses_no_exit_and_leaves_no_descriptor() -> Res
     }
     for (shim, before) in shims.iter().zip(before) {
         let pid = shim.pid()?;
-        ensure!(children(pid)?.is_empty(), "children: {}", children(pid)?);
+        let left = children(pid)?;
+        ensure!(left.is_empty(), "children: {left:?}");
         wait_for(
             "as many open files as before",
             Duration::from_secs(5),
