@@ -340,8 +340,9 @@ fn update_takes_the_specs_resources_as_json() {
         (3, true),
         "{error:?}"
     );
-    // The runtime's own words, and nothing changed.
-    let error = pod.resources("a", r#"{"memory":{"limit":1}}"#).unwrap_err();
+    // The runtime's own words, and nothing changed. (cgroup v2 would take a memory limit of 1, and kill.)
+    let refused = r#"{"memory":{"limit":67108864},"cpu":{"quota":1,"period":100000}}"#;
+    let error = pod.resources("a", refused).unwrap_err();
     assert!(error.message.contains("update failed"), "{error:?}");
     assert_eq!(limit(pid).unwrap(), "33554432");
     finish(pod, "a");
