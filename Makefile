@@ -78,11 +78,12 @@ test-host: deps build tools
 	$(RUN_ENV) CORACLE_FIXTURES="$$($(RUN_ENV) $(OUT)/fixtures storage)" RUST_LIB_BACKTRACE=0 \
 	    $(CARGO) test --locked -p coracle-integration --no-fail-fast -- --test-threads=1 $(TEST)
 
-# What is run in the guest: its own tests, and those of the runtime that say something new there.
-VM_TESTS := --test 'vm_*' --test runtime_cli --test runtime_regressions --test cgroup_kernel
+# What is run in the guest: its own tests, and those of runtime and shim that say something new there.
+VM_TESTS := --test 'vm_*' --test runtime_cli --test runtime_regressions --test cgroup_kernel \
+    --test lifecycle --test service
 
 test-vm: deps build tools
-	$(CARGO) test --locked --no-run --message-format=json -p coracle -p coracle-integration \
+	$(CARGO) test --locked --no-run --message-format=json -p coracle -p coracle-shim -p coracle-integration \
 	    $(VM_TESTS) > $(OUT)/vm-tests.json
 	$(RUN_ENV) $(OUT)/vm test --tests $(OUT)/vm-tests.json $(if $(TEST),--filter $(TEST))
 

@@ -389,7 +389,7 @@ fn helpers_mount_what_is_theirs() {
         echo \"$*\" > \"${0%/*}/asked\"\nmount --rbind \"${0%/*}/root\" \"$2\"\n";
     fs::write(&program, body).unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    let mut command = Command::new(SHIM);
+    let mut command = Command::new(shim_program());
     let path = std::env::var("PATH").unwrap();
     command.env("PATH", format!("{}:{path}", helpers.path().display()));
     let Some(mut pod) = Pod::by("helper", "", command, |_| {}) else {

@@ -224,7 +224,12 @@ fn has_metrics(pod: &mut Pod, id: &str) {
 #[test]
 fn pod_lives_from_create_to_shutdown() {
     let events = events::Daemon::start();
-    let Some(mut pod) = Pod::by("pod", events.address(), Command::new(SHIM), |_| {}) else {
+    let Some(mut pod) = Pod::by(
+        "pod",
+        events.address(),
+        Command::new(shim_program()),
+        |_| {},
+    ) else {
         return;
     };
     let network = Network::new(&["--net"]);

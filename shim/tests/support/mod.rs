@@ -30,7 +30,6 @@ use proto::containerd::types::Mount;
 use proto::coracle::shim::v1 as private;
 use proto::ttrpc;
 
-pub const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-coracle-v2");
 pub const TASK: &str = "containerd.task.v2.Task";
 pub const PRIVATE: &str = "coracle.shim.v1.Shim";
 pub const SANDBOX: &str = "containerd.runtime.sandbox.v1.Sandbox";
@@ -39,6 +38,18 @@ pub const SANDBOX: &str = "containerd.runtime.sandbox.v1.Sandbox";
 pub fn say_skipped(why: &str) {
     use std::io::Write as _;
     let _ = write!(std::io::stdout(), "\nSKIP shim: {why}\n");
+}
+
+/// In the guest of `make test-vm` the programs lie in one folder, and not where they were built.
+fn in_guest(name: &str) -> Option<PathBuf> {
+    std::env::var_os("CORACLE_VM")?;
+    let folder = std::env::var_os("CORACLE_BIN_DIR")?;
+    Some(Path::new(&folder).join(name))
+}
+
+pub fn shim_program() -> PathBuf {
+    in_guest("containerd-shim-coracle-v2")
+        .unwrap_or_else(|| env!("CARGO_BIN_EXE_containerd-shim-coracle-v2").into())
 }
 
 pub fn runtime() -> Option<PathBuf> {
@@ -51,6 +62,7 @@ pub fn runtime() -> Option<PathBuf> {
     let found = std::env::split_paths(&path)
         .map(|d| d.join(&name))
         .find(|p| p.is_file());
+    let found = in_guest("coracle").or(found);
     let busybox = Path::new("/bin/busybox").is_file();
     if found.is_none() || !busybox {
         say_skipped(&format!("needs {name} and a static /bin/busybox"));
@@ -180,7 +192,14 @@ fn address_of(output: &[u8]) -> PathBuf {
 }
 
 pub fn start_shim(bundle: &Path, sockets: &Path, id: &str, events: &str) -> PathBuf {
-    start_shim_by(Command::new(SHIM), bundle, sockets, id, events, b"")
+    start_shim_by(
+        Command::new(shim_program()),
+        bundle,
+        sockets,
+        id,
+        events,
+        b"",
+    )
 }
 
 /// `command` is the shim, or a program that becomes it. `options` are what a daemon gives on
@@ -227,7 +246,7 @@ impl Pod {
     }
 
     pub fn with_events(name: &str, events: &str) -> Option<Pod> {
-        Pod::by(name, events, Command::new(SHIM), |_| {})
+        Pod::by(name, events, Command::new(shim_program()), |_| {})
     }
 
     /// `options` are given to the shim's start.
@@ -564,7 +583,7 @@ impl Drop for Pod {
 }
 
 pub fn shim_delete(bundle: &Path, id: &str) -> task::DeleteResponse {
-    let output = Command::new(SHIM)
+    let output = Command::new(shim_program())
         .args(["-namespace", "test", "-address", "", "-id", id, "-bundle"])
         .arg(bundle)
         .arg("delete")
